@@ -1,0 +1,41 @@
+"""Settings of the evaluations on frozen features."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from model.config import Section
+
+
+class FeaturesConfig(Section):
+    """How images become features: resize the short side, crop the centre, run the frozen backbone."""
+
+    image_size: Annotated[int, Field(ge=8, le=512)] = 224
+    resize: Annotated[int, Field(ge=8, le=1024)] = 256
+    batch_size: Annotated[int, Field(ge=1)] = 256
+    workers: Annotated[int, Field(ge=0, le=256)] = 8
+
+
+class KnnConfig(Section):
+    """Weighted k-nearest-neighbour classifier (Wu et al. 2018, section 3.4)."""
+
+    k: Annotated[int, Field(ge=1)] = 200
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+
+
+class LinearConfig(Section):
+    """Linear probe on features computed once, without augmentation."""
+
+    epochs: Annotated[int, Field(ge=1)] = 100
+    batch_size: Annotated[int, Field(ge=1)] = 256
+    lr: Annotated[float, Field(gt=0)] = 0.3
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-6
+    seed: int = 0
+
+
+class EvalConfig(Section):
+    """All evaluations of a run."""
+
+    features: FeaturesConfig = FeaturesConfig()
+    knn: KnnConfig = KnnConfig()
+    linear: LinearConfig = LinearConfig()

@@ -1,0 +1,47 @@
+"""Settings of the network and of the loss."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+
+class Section(BaseModel):
+    """A frozen group of settings in which an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LossConfig(Section):
+    """The Barlow Twins objective and the way it is computed."""
+
+    off_diagonal_weight: Annotated[float, Field(ge=0)] = Field(
+        0.0051, description="Lambda: weight of the redundancy term (authors' code: 0.0051)."
+    )
+    algorithm: Literal["auto", "dense", "gram"] = "auto"
+    reference_world_size: Annotated[int, Field(ge=1)] = Field(
+        1, description="Divides the gradient, as training on that many GPUs does in the authors' code."
+    )
+
+
+class ModelConfig(Section):
+    """Backbone, projector and loss."""
+
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet50"
+    small_stem: bool = Field(False, description="3x3 stride-1 stem without max-pooling, for 32-pixel images.")
+    zero_init_residual: bool = True
+    projector: str = Field("8192-8192-8192", description="Widths of the projector's layers.")
+    loss: LossConfig = LossConfig()
+
+    @field_validator("projector")
+    @classmethod
+    def _widths_are_positive_integers(cls, projector: str) -> str:
+        widths = projector.split("-")
+        if not all(w.isascii() and w.isdigit() and int(w) > 0 for w in widths):
+            raise ValueError(
+                f"projector must be widths joined by '-', such as 8192-8192-8192, not {projector!r}"
+            )
+        return projector
+
+    @property
+    def projector_widths(self) -> list[int]:
+        return [int(width) for width in self.projector.split("-")]

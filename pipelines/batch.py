@@ -1,0 +1,68 @@
+"""What a loader yields: uint8 crops of both views and the numbers that the augmentation applies to them.
+
+Shape legend: V views (2), N samples of this rank's batch, S image size in pixels.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+NUM_VIEWS = 2
+
+
+@dataclass(frozen=True)
+class ViewParams:
+    """Every random number of the distortions, drawn per sample and view; see `pipelines.draw`.
+
+    A distortion that a sample does not get is stored as its identity (factor 1, shift 0, sigma 0, False).
+    """
+
+    box_VN4: Tensor  # int32: crop as top, left, height, width in pixels of the stored image
+    flip_VN: Tensor  # bool: mirror left-right
+    jitter_VN: Tensor  # bool: whether the four colour operations run at all
+    order_VN4: Tensor  # uint8: order of the colour operations; 0 brightness, 1 contrast, 2 saturation, 3 hue
+    brightness_VN: Tensor  # float32: factor
+    contrast_VN: Tensor  # float32: factor
+    saturation_VN: Tensor  # float32: factor
+    hue_VN: Tensor  # float32: shift in turns of the colour circle, -0.5 to 0.5
+    grayscale_VN: Tensor  # bool
+    blur_VN: Tensor  # float32: sigma in pixels, 0 for no blur
+    solarize_VN: Tensor  # bool
+
+    def to(self, device: torch.device | str) -> "ViewParams":
+        """The same numbers on `device`; the copy does not wait for the host."""
+        return ViewParams(
+            **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of one global batch, on the training device."""
+
+    views_VNHWC: Tensor  # uint8, channels last: cropped and resized, not yet distorted
+    params: ViewParams
+    labels_N: Tensor  # int64
+    indices_N: Tensor  # int64: positions of the samples in the dataset
+
+
+class Loader(Protocol):
+    """The contract of every loader: the same batches, whatever decodes them."""
+
+    num_samples: int
+    steps_per_epoch: int
+
+    def epoch(self, epoch: int, start_step: int = 0) -> "LoaderEpoch":
+        """Iterate over this rank's batches `start_step` .. `steps_per_epoch - 1` of `epoch`."""
+
+    def close(self) -> None:
+        """Stop threads and processes; the loader cannot be used afterwards."""
+
+
+class LoaderEpoch(Protocol):
+    def __iter__(self) -> "LoaderEpoch": ...
+
+    def __next__(self) -> Batch:
+        """Raises `DataError` where a sample cannot be read."""

@@ -1,0 +1,76 @@
+"""Settings of the data path: which dataset, which loader, and the distribution of each view's distortions."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Strength = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A frozen group of settings in which an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ViewConfig(Section):
+    """The random distortions of one view (paper, appendix A; the authors' `Transform`)."""
+
+    crop_scale: tuple[float, float] = Field((0.08, 1.0), description="Range of the crop's share of the area.")
+    crop_ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="Range of the crop's width / height.")
+    flip_p: Probability = 0.5
+    jitter_p: Probability = 0.8
+    brightness: Strength = 0.4
+    contrast: Strength = 0.4
+    saturation: Strength = 0.2
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    grayscale_p: Probability = 0.2
+    blur_p: Probability = 1.0
+    blur_sigma: tuple[float, float] = Field((0.1, 2.0), description="Range of the blur's sigma, in pixels.")
+    solarize_p: Probability = 0.0
+
+    @model_validator(mode="after")
+    def _ranges_ascend(self) -> "ViewConfig":
+        for name in ("crop_scale", "crop_ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} must be two ascending positive numbers, not {low}, {high}")
+        if self.crop_scale[1] > 1:
+            raise ValueError(f"crop_scale must not exceed 1, not {self.crop_scale[1]}")
+        return self
+
+
+class AugmentConfig(Section):
+    """Both views' distortions and the normalisation after them."""
+
+    view_a: ViewConfig = ViewConfig()
+    view_b: ViewConfig = ViewConfig(blur_p=0.1, solarize_p=0.2)
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: Annotated[tuple[float, float, float], Field(description="Per channel, all positive.")] = (
+        0.229,
+        0.224,
+        0.225,
+    )
+
+    @model_validator(mode="after")
+    def _std_is_positive(self) -> "AugmentConfig":
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, not {self.std}")
+        return self
+
+    @property
+    def views(self) -> tuple[ViewConfig, ViewConfig]:
+        return self.view_a, self.view_b
+
+
+class DataConfig(Section):
+    """Where the images are and how they reach the device."""
+
+    path: Path = Field(description="A .beton file, or a folder with one sub-folder per class.")
+    loader: Literal["folder", "ffcv", "dali"] = "ffcv"
+    image_size: Annotated[int, Field(ge=8, le=512)] = 224
+    workers: Annotated[int, Field(ge=0, le=256, description="Decoding threads or processes per rank.")] = 8
+    prefetch: Annotated[int, Field(ge=1, le=16, description="Batches prepared ahead.")] = 3
+    augment: AugmentConfig = AugmentConfig()
