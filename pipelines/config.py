@@ -69,7 +69,7 @@ class DataConfig(Section):
     """Where the images are and how they reach the device."""
 
     path: Path = Field(description="A .beton file, or a folder with one sub-folder per class.")
-    loader: Literal["folder", "ffcv", "dali"] = "ffcv"
+    loader: Literal["folder", "ffcv", "dali", "synthetic"] = "ffcv"
     image_size: Annotated[int, Field(ge=8, le=512)] = 224
     workers: Annotated[int, Field(ge=0, le=256, description="Decoding threads or processes per rank.")] = 8
     prefetch: Annotated[int, Field(ge=1, le=16, description="Batches prepared ahead.")] = 3
