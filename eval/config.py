@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from model.config import Section
 
@@ -14,6 +14,14 @@ class FeaturesConfig(Section):
     resize: Annotated[int, Field(ge=8, le=1024)] = 256
     batch_size: Annotated[int, Field(ge=1)] = 256
     workers: Annotated[int, Field(ge=0, le=256)] = 8
+
+    @model_validator(mode="after")
+    def _crop_fits_the_image(self) -> "FeaturesConfig":
+        if self.resize < self.image_size:
+            raise ValueError(
+                f"resize must be at least image_size, but they are {self.resize} and {self.image_size}"
+            )
+        return self
 
 
 class KnnConfig(Section):

@@ -1,0 +1,106 @@
+"""Frozen features of a whole dataset.
+
+Shape legend: N samples, C colours (3), H and W pixels, F feature width.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from eval.config import FeaturesConfig
+from model.errors import ModelError
+from model.weights import IMAGENET, Normalisation
+from pipelines.errors import DataError
+from pipelines.source import Source, read_image
+
+Progress = Callable[[int, int], None]  # images done, images in all
+
+
+def extract_features(
+    backbone: nn.Module,
+    source: Source,
+    config: FeaturesConfig,
+    device: torch.device | str,
+    progress: Progress | None = None,
+    *,
+    normalisation: Normalisation = IMAGENET,
+) -> tuple[Tensor, Tensor]:
+    """Features (N, F) float32 and labels (N,) int64 of all images of `source` in its order, on the CPU.
+
+    The images are those of the authors' evaluate.py: short side resized (bilinear, antialiased), centre crop,
+    normalised. `backbone` is moved to `device` and put into evaluation mode. On CUDA it runs under bfloat16
+    autocast (float16 where the GPU has no bfloat16), elsewhere in float32.
+
+    Raises `DataError` where an image cannot be read, `ModelError` where a feature is not finite.
+    """
+    device = torch.device(device)
+    backbone.to(device, memory_format=torch.channels_last).eval()
+    loader = DataLoader(
+        _CentreCrops(source, config),
+        batch_size=config.batch_size,
+        num_workers=config.workers,
+        collate_fn=_stack,
+        pin_memory=device.type == "cuda",
+    )
+    mean_C11, std_C11 = (torch.tensor(values, device=device).view(-1, 1, 1) for values in normalisation)
+    features_NF: Tensor | None = None
+    done = 0
+    for crops_NCHW in loader:
+        if isinstance(crops_NCHW, DataError):
+            raise crops_NCHW
+        with torch.inference_mode(), _autocast(device):
+            images_NCHW = crops_NCHW.to(device, non_blocking=True).float().div_(255)
+            images_NCHW = images_NCHW.sub_(mean_C11).div_(std_C11)
+            batch_NF = backbone(images_NCHW.contiguous(memory_format=torch.channels_last))
+        if features_NF is None:  # allocated once: joining a list would need twice the memory
+            features_NF = torch.empty(len(source), batch_NF.shape[1])
+        features_NF[done : done + len(batch_NF)] = batch_NF
+        done += len(batch_NF)
+        if progress is not None:
+            progress(done, len(source))
+    if features_NF is None:
+        raise DataError(f"There are no images in {source.path}; check the path.")
+    if not features_NF.isfinite().all():
+        raise ModelError("The backbone's features are not all finite numbers; its training has diverged.")
+    return features_NF, torch.from_numpy(source.labels_N.copy())
+
+
+class _CentreCrops(Dataset):
+    """Sample i as the uint8 centre crop (C, H, W), or as the `DataError` that tells why there is none.
+
+    Errors travel as values because a DataLoader turns a worker's exception into a page of traceback.
+    """
+
+    def __init__(self, source: Source, config: FeaturesConfig) -> None:
+        self._source = source
+        self._transform = v2.Compose(
+            [
+                v2.Resize(config.resize),
+                v2.CenterCrop(config.image_size),
+                v2.PILToTensor(),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Tensor | DataError:
+        try:
+            return self._transform(read_image(self._source, index))
+        except DataError as error:
+            return error
+
+
+def _stack(crops: list[Tensor | DataError]) -> Tensor | DataError:
+    """(N, C, H, W), or the first error."""
+    return next((crop for crop in crops if isinstance(crop, DataError)), None) or torch.stack(crops)
+
+
+def _autocast(device: torch.device) -> torch.autocast:
+    on_gpu = device.type == "cuda"
+    has_bfloat16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.float16 if on_gpu and not has_bfloat16 else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=on_gpu)

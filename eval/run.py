@@ -1,0 +1,115 @@
+"""From images to figures: extract the features of two datasets, then run a protocol on them."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eval.config import EvalConfig
+from eval.features import Progress, extract_features
+from eval.knn import knn_accuracy
+from eval.linear import linear_probe
+from model.weights import IMAGENET, Normalisation, read_weights
+from pipelines.errors import DataError
+from pipelines.source import Source
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What was measured and how; `dataclasses.asdict` gives plain data for JSON."""
+
+    protocol: str
+    settings: dict[str, Any]  # of the features and of the protocol
+    train_images: int
+    test_images: int
+    num_classes: int
+    accuracy: dict[str, float]  # shares, 0 to 1: top1, for the linear probe also top5
+
+
+def evaluate_knn(
+    model: Path | nn.Module,
+    train: Source,
+    test: Source,
+    config: EvalConfig,
+    device: torch.device | str,
+    progress: Progress | None = None,
+    *,
+    normalisation: Normalisation | None = None,
+) -> EvalResult:
+    """Weighted kNN accuracy on `test` with `train` as the neighbours.
+
+    `model` is a checkpoint, an exported file or a backbone. `normalisation` defaults to the file's own,
+    and to ImageNet's for a backbone. `progress` counts the images of both datasets.
+
+    Raises `DataError` where the classes differ, an image cannot be read or there are too few training images;
+    `ModelError` where the file cannot be used.
+    """
+    features = _extract(model, train, test, config, device, progress, normalisation)
+    accuracy = {"top1": knn_accuracy(*features, config.knn, device)}
+    return _result("knn", train, test, config, accuracy)
+
+
+def evaluate_linear(
+    model: Path | nn.Module,
+    train: Source,
+    test: Source,
+    config: EvalConfig,
+    device: torch.device | str,
+    progress: Progress | None = None,
+    *,
+    normalisation: Normalisation | None = None,
+) -> EvalResult:
+    """Accuracy on `test` of a linear classifier trained on `train`; otherwise as `evaluate_knn`."""
+    features = _extract(model, train, test, config, device, progress, normalisation)
+    accuracy = asdict(linear_probe(*features, config.linear, device))
+    return _result("linear", train, test, config, accuracy)
+
+
+def _extract(
+    model: Path | nn.Module,
+    train: Source,
+    test: Source,
+    config: EvalConfig,
+    device: torch.device | str,
+    progress: Progress | None,
+    normalisation: Normalisation | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Features and labels of `train`, then of `test`."""
+    if train.classes != test.classes:
+        raise DataError(
+            f"The classes of {train.path} and {test.path} differ ({_first_difference(train, test)}); "
+            f"evaluate on two datasets with the same classes."
+        )
+    if isinstance(model, nn.Module):
+        backbone, normalisation = model, normalisation or IMAGENET
+    else:
+        weights = read_weights(model)
+        backbone, normalisation = weights.build(), normalisation or weights.normalisation
+
+    total = len(train) + len(test)
+    outputs: list[Tensor] = []
+    for source, before in ((train, 0), (test, len(train))):
+        report = None if progress is None else _shifted(progress, before, total)
+        outputs += extract_features(
+            backbone, source, config.features, device, report, normalisation=normalisation
+        )
+    train_NF, train_labels_N, test_MF, test_labels_M = outputs
+    return train_NF, train_labels_N, test_MF, test_labels_M
+
+
+def _shifted(progress: Progress, before: int, total: int) -> Progress:
+    return lambda done, _: progress(before + done, total)
+
+
+def _first_difference(train: Source, test: Source) -> str:
+    only = sorted(set(train.classes) ^ set(test.classes))
+    return f"only one has {only[0]!r}" if only else "their order"
+
+
+def _result(
+    protocol: str, train: Source, test: Source, config: EvalConfig, accuracy: dict[str, float]
+) -> EvalResult:
+    settings = config.model_dump(mode="json", include={"features", protocol})
+    return EvalResult(protocol, settings, len(train), len(test), len(train.classes), accuracy)
