@@ -6,7 +6,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import ImageFolder
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -32,3 +36,80 @@ def run_ranks() -> Callable[..., None]:
         assert result.returncode == 0, result.stdout + result.stderr
 
     return run
+
+
+@pytest.fixture(scope="session")
+def write_checkpoint() -> Callable[..., torch.nn.Module]:
+    """Save a checkpoint of a twin with random weights and batch-norm statistics; returns the twin.
+
+    `sections` are those of `RunConfig`: `write_checkpoint(path, model={"backbone": "resnet18"})`.
+    """
+    from model.twin import Twin
+    from train.checkpoint import save_checkpoint
+    from train.config import RunConfig
+
+    def write(path: Path, **sections: dict) -> torch.nn.Module:
+        model = {"projector": "8-8", **sections.pop("model", {})}
+        data = {"path": "images", **sections.pop("data", {})}
+        config = RunConfig.model_validate({"run_dir": path.parent, "data": data, "model": model, **sections})
+        torch.manual_seed(0)
+        twin = Twin(config.model)
+        for module in twin.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.data.uniform_(0.5, 1.5)
+                module.bias.data.normal_(std=0.1)
+                module.running_mean.normal_(std=0.1)
+                module.running_var.uniform_(0.5, 1.5)
+        state = {"config": config.model_dump(mode="json"), "model": twin.state_dict()}
+        save_checkpoint({**state, "optimizer": {}, "scaler": {}, "step": 0, "num_samples": 1}, path)
+        return twin
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def write_images() -> Callable[..., None]:
+    """Draw `per_class` JPEGs of varied sizes in one sub-folder per class: noise around a grey of its own."""
+
+    def write(folder: Path, classes: list[str], per_class: int, seed: int = 0) -> None:
+        random = np.random.default_rng(seed)
+        for label, name in enumerate(classes):
+            (folder / name).mkdir(parents=True)
+            for i in range(per_class):
+                height, width = random.integers(20, 60, 2)
+                grey = 255 * (label + 1) / (len(classes) + 1)
+                pixels_HWC = random.normal(grey, 10, (height, width, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels_HWC).save(folder / name / f"{i}.jpg", quality=95)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 JPEGs in three classes: smooth with some noise, sides of 40 to 320 pixels, one grayscale."""
+    root = tmp_path_factory.mktemp("data") / "images"
+    rng = np.random.default_rng(7)
+    for number in range(24):
+        size = tuple(int(side) for side in rng.integers(40, 320, 2))
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize(size, Image.BICUBIC)
+        noise = rng.normal(0, 6, (size[1], size[0], 3))
+        image = Image.fromarray(np.clip(np.asarray(coarse) + noise, 0, 255).astype(np.uint8))
+        path = root / ("ant", "bee", "cat")[number % 3] / f"{number:02}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.convert("L" if number == 5 else "RGB").save(path, quality=92)
+    return root
+
+
+@pytest.fixture(scope="session")
+def beton(image_folder: Path) -> Path:
+    """The same images as FFCV's own writer stores them."""
+    threads = torch.get_num_threads()
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    path = image_folder.parent / "images.beton"
+    images = ImageFolder(image_folder, transform=np.asarray)
+    fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=92), "label": IntField()}
+    DatasetWriter(str(path), fields, num_workers=1).from_indexed_dataset(images)
+    torch.set_num_threads(threads)  # FFCV changes it when it is imported
+    return path
