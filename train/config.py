@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from eval.config import EvalConfig
 from model.config import ModelConfig, Section
@@ -57,6 +58,15 @@ class TrainConfig(Section):
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
+    @model_validator(mode="after")
+    def _warmup_ends_before_the_run(self) -> "TrainConfig":
+        if self.optim.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"optim.warmup_epochs must be less than epochs, "
+                f"but they are {self.optim.warmup_epochs:g} and {self.epochs}"
+            )
+        return self
+
 
 class RunConfig(Section):
     """A whole run. Saved as `config.yaml` in the run directory."""
@@ -67,3 +77,132 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that the YAML recipe `path` describes, after `key.sub=value` overrides (values are YAML).
+
+    Raises `ConfigError` for the first mistake, in one sentence.
+    """
+    settings = _read_yaml(path)
+    overridden = [_apply_override(settings, override, path) for override in overrides]
+    try:
+        return RunConfig.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError(_describe(error.errors()[0], path, overridden)) from None
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write every setting of `config` as YAML; `load_config` reads it back equal. Raises `OSError`."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+
+def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """All dotted keys below `section`, sections included, in the order of their definition."""
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if _is_section(field.annotation):
+            keys += known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"Cannot read the config {path}: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"The config {path} is not a UTF-8 text file.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The config {path} is not valid YAML: {_yaml_problem(error)}.") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"The config {path} must be a YAML mapping with the keys {_keys_at('')}.")
+    return settings
+
+
+def _apply_override(settings: dict[str, Any], override: str, path: Path) -> str:
+    """Set one `key.sub=value` in `settings`, in place; returns the key."""
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals:
+        raise ConfigError(
+            f"The override {override!r} has no '='; write key.sub=value, e.g. train.epochs=100."
+        )
+    if key not in known_keys():
+        raise ConfigError(f"The override {override!r} has an unknown key {key!r}; {_suggest(key)}.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"The value of the override {override!r} is not valid YAML: {_yaml_problem(error)}."
+        ) from None
+    *sections, name = key.split(".")
+    for depth, section in enumerate(sections, start=1):
+        if settings.get(section) is None:  # absent, or `section:` with nothing below it
+            settings[section] = {}
+        settings = settings[section]
+        if not isinstance(settings, dict):
+            prefix = ".".join(sections[:depth])
+            raise ConfigError(f"{path}: {prefix} must be a section with the keys {_keys_at(prefix)}.")
+    settings[name] = value
+    return key
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+    mark = error.problem_mark
+    return f"{error.problem} at line {mark.line + 1}, column {mark.column + 1}"
+
+
+def _describe(error: ErrorDetails, path: Path, overridden: list[str]) -> str:
+    """One sentence for one of pydantic's errors: origin, key, what is allowed, what was given."""
+    key = ".".join(str(part) for part in error["loc"])
+    origin = str(path)
+    if any(key == name or key.startswith(f"{name}.") for name in overridden):
+        origin = "override"
+    elif any(name.startswith(f"{key}.") for name in overridden):
+        origin = f"{path} with the overrides"  # a rule about several keys of the section
+    given = error["input"]
+    match error["type"]:
+        case "extra_forbidden":
+            return f"{origin}: unknown key {key!r}; {_suggest(key)}."
+        case "missing":
+            return f"{origin}: the key {key} is missing; add it to the file or pass {key}=... as an override."
+        case "model_type":
+            return f"{origin}: {key} must be a section with the keys {_keys_at(key)}, not {given!r}."
+        case "value_error":
+            rule = error["msg"].removeprefix("Value error, ")
+            return f"{origin}: {key}: {rule}."
+        case _:
+            rule = error["msg"].replace("Input should", "should", 1)
+            return f"{origin}: {key} {rule}, not {given!r}."
+
+
+def _keys_at(prefix: str) -> str:
+    """The names of the keys directly below the section `prefix` ('' for the top), for a message."""
+    start = f"{prefix}." if prefix else ""
+    below = (key.removeprefix(start) for key in known_keys() if key.startswith(start))
+    return ", ".join(name for name in below if "." not in name)
+
+
+def _suggest(key: str) -> str:
+    """The known key most like `key`, whole or by its last part; otherwise what its section allows."""
+
+    def likeness(known: str) -> float:
+        whole = difflib.SequenceMatcher(None, key, known).ratio()
+        last = difflib.SequenceMatcher(None, key.rpartition(".")[2], known.rpartition(".")[2]).ratio()
+        return max(whole, last) + 0.1 * whole  # of two like names, the one in the like section
+
+    known = known_keys()
+    nearest = max((k for k in known if not key.startswith(f"{k}.")), key=likeness)
+    if likeness(nearest) >= 0.7:
+        return f"the nearest known key is {nearest!r}"
+    section = key.rpartition(".")[0]
+    where, names = (section, _keys_at(section)) if section in known else ("the top level", _keys_at(""))
+    return f"the keys of {where} are {names}"

@@ -1,0 +1,134 @@
+"""A checkpoint is whole or absent, and an unfit one is refused in one sentence."""
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from train.checkpoint import check_resumable, load_checkpoint, save_checkpoint
+from train.config import RunConfig
+from train.errors import TrainingError
+
+CONFIG = {"run_dir": "runs/x", "data": {"path": "images"}, "model": {"backbone": "resnet18"}}
+
+
+def state(step: int, config: dict[str, Any] = CONFIG) -> dict[str, Any]:
+    return {
+        "config": RunConfig.model_validate(config).model_dump(mode="json"),
+        "model": {"weight": torch.full((1000,), float(step))},
+        "optimizer": {},
+        "scaler": {},
+        "step": step,
+        "num_samples": 100,
+    }
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(TrainingError) as caught:
+        load_checkpoint(path)
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message
+    return message
+
+
+def test_saved_checkpoint_loads_equal(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(state(3), path)
+    loaded = load_checkpoint(path)
+    assert loaded["step"] == 3 and loaded["format"] == 1 and loaded["config"] == state(3)["config"]
+    assert torch.equal(loaded["model"]["weight"], torch.full((1000,), 3.0))
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize("failing", ["torch.save", "os.fsync", "pathlib.Path.replace"])
+def test_failure_while_writing_leaves_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(state(1), path)
+
+    def fail(*args: Any) -> None:
+        if failing == "torch.save":
+            args[1].write(b"half a file")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(failing, fail)
+        with pytest.raises(TrainingError, match="No space left on device"):
+            save_checkpoint(state(2), path)
+    assert load_checkpoint(path)["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_full_disk_is_told_in_the_systems_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+    path = tmp_path / "checkpoint.pt"
+    path.with_name("checkpoint.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(TrainingError, match="No space left on device"):
+        save_checkpoint(state(1), path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_checkpoint_cut_short_is_refused(tmp_path: Path, share: float) -> None:
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(state(1), path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    assert "damaged" in refusal(path)
+
+
+def test_checkpoint_with_a_flipped_bit_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(state(1), path)
+    content = bytearray(path.read_bytes())
+    at = content.index(torch.full((8,), 1.0).numpy().tobytes())  # among the weights
+    content[at] ^= 1
+    path.write_bytes(content)
+    assert "damaged" in refusal(path)
+
+
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    path.write_text("not a checkpoint")
+    assert "damaged" in refusal(path)
+    torch.save({"state_dict": {}}, path)
+    assert "not a checkpoint of fastbarlow" in refusal(path)
+    torch.save({**state(1), "format": 9}, path)
+    assert "format 9" in refusal(path)
+    assert "No such file" in refusal(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": {"backbone": "resnet50"}}, "model.backbone=resnet18, but this config asks for resnet50"),
+        ({"model": {"backbone": "resnet18", "projector": "8-8"}}, "model.projector="),
+        ({"seed": 1}, "seed=0"),
+        ({"train": {"batch_size": 64}}, "train.batch_size=2048"),
+        ({"train": {"optim": {"lr_weights": 0.5}}}, "train.optim.lr_weights=0.2"),
+        ({"data": {"path": "images", "image_size": 64}}, "data.image_size=224"),
+    ],
+)
+def test_checkpoint_of_another_run_is_refused(change: dict[str, Any], words: str) -> None:
+    config = RunConfig.model_validate({**CONFIG, **change})
+    with pytest.raises(TrainingError) as caught:
+        check_resumable(state(1), config, 100, Path("checkpoint.pt"))
+    assert words in str(caught.value)
+
+
+def test_what_does_not_change_the_run_may_differ() -> None:
+    config = RunConfig.model_validate(
+        {
+            **CONFIG,
+            "run_dir": "elsewhere",
+            "data": {"path": "copy.beton", "loader": "dali", "workers": 2},
+            "train": {"precision": "fp32", "log_every": 3, "max_steps": 9, "checkpoint": {"every_steps": 5}},
+        }
+    )
+    check_resumable(state(1), config, 100, Path("checkpoint.pt"))
+    with pytest.raises(TrainingError, match="trained on 100 images"):
+        check_resumable(state(1), config, 99, Path("checkpoint.pt"))

@@ -1,0 +1,158 @@
+"""A recipe is read exactly, and a mistake in it is told in one sentence that helps."""
+
+from pathlib import Path
+
+import pytest
+
+from train.config import RunConfig, known_keys, load_config, save_config
+from train.errors import ConfigError
+
+RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+MINIMAL = "run_dir: runs/x\ndata:\n  path: images\n"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def sentence(path: Path, overrides: tuple[str, ...] = ()) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message and message.endswith(".")
+    return message
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads(path: Path) -> None:
+    assert isinstance(load_config(path), RunConfig)
+
+
+def test_saved_config_reads_back_equal(recipe: Path, tmp_path: Path) -> None:
+    overrides = (
+        "seed=18446744073709551615",
+        "train.optim.weight_decay=1e-6",
+        "train.checkpoint.every_steps=7",
+        "data.augment.view_b.crop_scale=[0.2, 0.9]",
+        "data.augment.std=[0.1234567890123, 0.2, 0.3]",
+        "model.projector=64-32",
+    )
+    config = load_config(recipe, overrides)
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_overrides_replace_the_file_and_leave_their_neighbours(recipe: Path) -> None:
+    recipe.write_text(MINIMAL + "train:\n  epochs: 50\n  batch_size: 64\n  optim:\n")
+    config = load_config(recipe, ["train.epochs=30", "train.optim.lr_weights=0.3", "train.epochs=40"])
+    assert (config.train.epochs, config.train.batch_size, config.train.optim.lr_weights) == (40, 64, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("text", "nearest"),
+    [
+        ("train:\n  epoch: 3\n", "train.epochs"),
+        ("train:\n  lr_weights: 0.1\n", "train.optim.lr_weights"),
+        ("modle:\n  backbone: resnet18\n", "model"),
+        ("train:\n  optim:\n    weightdecay: 0\n", "train.optim.weight_decay"),
+    ],
+)
+def test_unknown_key_in_the_file_names_the_nearest(recipe: Path, text: str, nearest: str) -> None:
+    recipe.write_text(MINIMAL + text)
+    message = sentence(recipe)
+    assert str(recipe) in message and f"'{nearest}'" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("train.epoch=3", "train.epochs"),
+        ("trian.epochs=3", "train.epochs"),
+        ("batch_size=32", "train.batch_size"),
+        ("data.augment.view_a.blur=0", "data.augment.view_a.blur_p"),
+    ],
+)
+def test_unknown_key_in_an_override_names_the_nearest(recipe: Path, override: str, nearest: str) -> None:
+    message = sentence(recipe, (override,))
+    assert "override" in message and f"'{nearest}'" in message
+
+
+def test_key_like_no_other_lists_what_its_section_knows(recipe: Path) -> None:
+    assert "epochs, max_steps, batch_size" in sentence(recipe, ("train.qqq=1",))
+    assert "run_dir, seed, data, model" in sentence(recipe, ("zzz=1",))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.epochs=many", ["train.epochs", "integer", "'many'"]),
+        ("train.epochs=0", ["train.epochs", "greater than or equal to 1", "0"]),
+        ("train.precision=fp8", ["train.precision", "'fp32', 'bf16' or 'fp16'", "'fp8'"]),
+        ("model=3", ["model", "backbone, small_stem"]),
+        ("model.projector=8192x3", ["model.projector", "8192-8192-8192"]),
+        ("data.augment.mean=[0.5]", ["data.augment.mean"]),
+        ("data.augment.view_a={crop_scale: [0.5, 0.1]}", ["data.augment.view_a", "ascending"]),
+        ("train.optim={lr_weights: -1}", ["train.optim.lr_weights", "greater than 0"]),
+    ],
+)
+def test_wrong_value_of_an_override_says_what_is_allowed(
+    recipe: Path, override: str, words: list[str]
+) -> None:
+    message = sentence(recipe, (override,))
+    assert message.startswith("override: ")
+    for word in words:
+        assert word in message
+
+
+def test_wrong_value_in_the_file_names_the_file(recipe: Path) -> None:
+    recipe.write_text(MINIMAL + "train:\n  batch_size: 1\n")
+    message = sentence(recipe, ("train.epochs=20",))
+    assert message.startswith(f"{recipe}: train.batch_size") and "greater than or equal to 2" in message
+
+
+def test_missing_key_is_named(recipe: Path) -> None:
+    recipe.write_text("data:\n  path: images\n")
+    assert "run_dir is missing" in sentence(recipe)
+
+
+def test_warm_up_must_end_before_the_run(recipe: Path) -> None:
+    message = sentence(recipe, ("train.epochs=10",))
+    assert message.startswith(f"{recipe} with the overrides: train: ")
+    assert "optim.warmup_epochs must be less than epochs" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"train: [1, 2\n", "not valid YAML"),
+        (b"a: b: c\n", "line 1"),
+        (b"- 1\n- 2\n", "mapping"),
+        (b"", "mapping"),
+        (b"\xff\xfe\x00bad", "UTF-8"),
+    ],
+)
+def test_file_that_is_no_recipe_is_refused(recipe: Path, content: bytes, words: str) -> None:
+    recipe.write_bytes(content)
+    message = sentence(recipe)
+    assert words in message and str(recipe) in message
+
+
+def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
+    assert "No such file" in sentence(tmp_path / "none.yaml")
+    assert "directory" in sentence(tmp_path)
+
+
+def test_malformed_overrides_are_refused(recipe: Path) -> None:
+    assert "has no '='" in sentence(recipe, ("train.epochs",))
+    assert "not valid YAML" in sentence(recipe, ("train.epochs=[1",))
+    recipe.write_text(MINIMAL + "train: 5\n")
+    assert "train must be a section" in sentence(recipe, ("train.epochs=20",))
+
+
+def test_known_keys_hold_every_section_and_leaf() -> None:
+    keys = known_keys()
+    assert {"seed", "train", "train.optim.eta", "data.augment.view_a.blur_sigma"} <= set(keys)
+    assert len(keys) == len(set(keys))

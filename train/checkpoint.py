@@ -1,0 +1,124 @@
+"""Checkpoints: written so that a crash at any moment leaves a whole one, and read with clear errors.
+
+A checkpoint is a dict: `format` (1), `config` (`RunConfig` as plain data), `model` (state dict of `Twin`),
+`optimizer`, `scaler` (empty without fp16), `step` (global steps done) and `num_samples` (of the dataset).
+`torch.load(path, weights_only=True)` reads it.
+"""
+
+import os
+import pickle
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.config import RunConfig
+from train.errors import TrainingError
+
+FORMAT = 1
+CHECKPOINT_NAME = "checkpoint.pt"
+
+# A run may go on only with the settings that fix its path; these may differ without changing it.
+FREE_KEYS = (
+    "run_dir",
+    "data.path",  # `num_samples` is compared instead
+    "data.loader",
+    "data.workers",
+    "data.prefetch",
+    "model.loss.algorithm",
+    "train.max_steps",
+    "train.precision",
+    "train.device",
+    "train.log_every",
+    "train.checkpoint",
+    "eval",
+)
+
+
+def save_checkpoint(state: dict[str, Any], path: Path) -> None:
+    """Replace `path` by `state` in one atomic step that survives a power cut.
+
+    1. write beside it  2. flush to the disk  3. rename over it  4. flush the folder's entry
+    Raises `TrainingError` where that fails; `path` then still holds what it held before.
+    """
+    beside = path.with_name(f"{path.name}.tmp")
+    try:
+        with beside.open("wb") as file:
+            torch.save({"format": FORMAT, **state}, file)  # 1
+            file.flush()  # 2
+            os.fsync(file.fileno())
+        beside.replace(path)  # 3
+        folder = os.open(path.parent, os.O_RDONLY)  # 4
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch's writer turns an OSError into a RuntimeError
+        beside.unlink(missing_ok=True)
+        reason = _root_cause(error)
+        raise TrainingError(
+            f"Cannot write the checkpoint {path}: {reason}; make room and start again, "
+            f"and the run goes on from the checkpoint before it, if there is one."
+        ) from error
+
+
+def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dict[str, Any]:
+    """The checkpoint at `path`. Raises `TrainingError` where the file is unreadable, cut short or foreign."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            is_damaged = archive.testzip() is not None  # torch.load itself skips the checksums
+        if not is_damaged:
+            state = torch.load(path, map_location=map_location, weights_only=True)
+    except OSError as error:
+        raise TrainingError(f"Cannot read the checkpoint {path}: {error.strerror or error}.") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, pickle.UnpicklingError):
+        is_damaged = True
+    if is_damaged:
+        raise TrainingError(
+            f"The checkpoint {path} is damaged, cut short or none at all; delete it to start anew."
+        )
+    keys = {"format", "config", "model", "optimizer", "scaler", "step", "num_samples"}
+    if not isinstance(state, dict) or not keys <= state.keys():
+        raise TrainingError(f"{path} is not a checkpoint of fastbarlow; move it away to start anew.")
+    if state["format"] != FORMAT:
+        raise TrainingError(
+            f"The checkpoint {path} has format {state['format']}, but this version reads format {FORMAT}."
+        )
+    return state
+
+
+def check_resumable(state: dict[str, Any], config: RunConfig, num_samples: int, path: Path) -> None:
+    """Raise `TrainingError` unless going on from `state` under `config` is the same run."""
+    then, now = (_flatten(c) for c in (state["config"], config.model_dump(mode="json")))
+    for key in sorted(then.keys() | now.keys(), key=lambda key: (not key.startswith("model."), key)):
+        is_free = any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+        if not is_free and then.get(key) != now.get(key):
+            raise TrainingError(
+                f"The checkpoint {path} was trained with {key}={then.get(key)}, but this config asks for "
+                f"{now.get(key)}; set it back, or choose another run_dir for another run."
+            )
+    if state["num_samples"] != num_samples:
+        raise TrainingError(
+            f"The checkpoint {path} was trained on {state['num_samples']} images, but data.path "
+            f"{config.data.path} has {num_samples}; train on the same dataset, or choose another run_dir."
+        )
+
+
+def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested dicts by their dotted keys."""
+    flat: dict[str, Any] = {}
+    for name, value in section.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _root_cause(error: BaseException) -> str:
+    """The operating system's words where it is at the root of `error`, such as 'No space left on device'."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(error).splitlines()[0]

@@ -1,0 +1,79 @@
+"""The ranks of a run: torchrun's environment and the process group."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from train.errors import TrainingError
+
+TIMEOUT = timedelta(minutes=10)  # generous: the first batch may wait for a compiler or a cold disk
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: object) -> list:
+        """`value` of every rank, in rank order, on every rank; waits for all of them."""
+        if self.size == 1:
+            return [value]
+        values: list = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def maximum(self, x: Tensor) -> int:
+        """The largest `x` (0-d integer on `device`) of all ranks; waits for all of them."""
+        if self.size > 1:
+            x = x.clone()
+            dist.all_reduce(x, dist.ReduceOp.MAX)
+        return int(x)
+
+
+@contextmanager
+def process_group(device_choice: str) -> Iterator[World]:
+    """The ranks that torchrun's environment variables (RANK, WORLD_SIZE, LOCAL_RANK) name, or a single one.
+
+    `device_choice` is "cpu", "cuda" or "auto". Uses NCCL between GPUs and gloo between CPU processes.
+    Raises `TrainingError` where "cuda" has no GPU for this process.
+    """
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    device = _choose_device(device_choice, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size == 1:
+        yield World(0, 1, device)
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    device_id = device if device.type == "cuda" else None
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=TIMEOUT, device_id=device_id)
+    try:
+        yield World(rank, size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _choose_device(choice: str, local_rank: int) -> torch.device:
+    if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    gpus = torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise TrainingError(
+            f"train.device is {choice}, but local rank {local_rank} needs a GPU of its own and this machine "
+            f"offers {gpus}; start fewer processes or set train.device=cpu."
+        )
+    return torch.device("cuda", local_rank)

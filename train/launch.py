@@ -1,0 +1,140 @@
+"""Several local processes without torchrun: one per rank, supervised by this one."""
+
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from model.errors import ModelError
+from pipelines.errors import DataError
+from train.config import RunConfig
+from train.errors import ConfigError, TrainingError
+from train.loop import RunResult, pretrain
+from train.metrics import StepReport
+
+_USER_ERRORS = (ConfigError, DataError, ModelError, TrainingError)
+_GRACE_SECONDS = 5  # for the rank with the cause of a failure to report after one that fell with it
+
+
+def launch(
+    config: RunConfig, num_processes: int, on_step: Callable[[StepReport], None] | None = None
+) -> RunResult:
+    """`pretrain` on `num_processes` ranks of this machine; the result and the reports are rank 0's.
+
+    The first failure of a rank stops all. Raises the rank's own error if it was for the user, `TrainingError`
+    if a rank was killed, and `RuntimeError` with the rank's traceback otherwise.
+    """
+    # Port 0: the system picks a free one, and no one else can take it before the ranks connect.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = mp.get_context("spawn")
+    ranks: dict[Connection, BaseProcess] = {}
+    try:
+        for rank in range(num_processes):
+            environment = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(num_processes),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store runs here, not in rank 0
+            }
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_run_rank, args=(config, environment, sender), name=f"rank {rank}"
+            )
+            process.start()
+            sender.close()
+            ranks[receiver] = process
+        return _supervise(ranks, on_step)
+    finally:
+        for process in ranks.values():
+            process.terminate()
+        for process in ranks.values():
+            process.join(_GRACE_SECONDS)
+            process.kill()
+            process.join()
+
+
+def _supervise(
+    ranks: dict[Connection, BaseProcess], on_step: Callable[[StepReport], None] | None
+) -> RunResult:
+    """Pass on rank 0's reports until every rank has ended or one has failed."""
+    running = dict(ranks)
+    result: RunResult | None = None
+    failures: list[Exception] = []
+    deadline = float("inf")
+    while running and time.monotonic() < deadline:
+        wait([*running, *(process.sentinel for process in running.values())], timeout=0.5)
+        for receiver, process in list(running.items()):
+            has_ended = not process.is_alive()  # asked before the pipe is emptied, so nothing is missed
+            for message in _received(receiver):
+                if isinstance(message, StepReport) and on_step is not None:
+                    on_step(message)
+                elif isinstance(message, RunResult):
+                    result = message
+                elif isinstance(message, Exception):
+                    failures.append(message)
+            if has_ended:
+                del running[receiver]
+                if process.exitcode != 0:
+                    failures.append(_death(process))
+        if failures:
+            deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+    if failures:
+        # A rank that loses its peers fails too, with a library's error: the cause is the one for the user.
+        raise next((f for f in failures if isinstance(f, _USER_ERRORS)), failures[0])
+    assert result is not None
+    return result
+
+
+def _death(process: BaseProcess) -> TrainingError:
+    code = process.exitcode
+    how = (
+        f"was killed by signal {-code}, perhaps for lack of memory" if code < 0 else f"ended with code {code}"
+    )
+    return TrainingError(
+        f"The process of {process.name} {how}; start again to go on from the last checkpoint."
+    )
+
+
+def _received(receiver: Connection) -> list[object]:
+    """All messages that have arrived."""
+    messages: list[object] = []
+    try:
+        while receiver.poll():
+            messages.append(receiver.recv())
+    except EOFError:
+        pass
+    return messages
+
+
+def _run_rank(config: RunConfig, environment: dict[str, str], sender: Connection) -> None:
+    """Body of one process."""
+    os.environ.update(environment)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(environment["WORLD_SIZE"])))
+    is_main = environment["RANK"] == "0"
+    try:
+        result = pretrain(config, on_step=sender.send if is_main else None)
+        if is_main:
+            sender.send(result)
+    except _USER_ERRORS as error:
+        sender.send(error)
+    except KeyboardInterrupt:
+        pass  # the parent has it too and speaks for all
+    except Exception:
+        sender.send(RuntimeError(traceback.format_exc()))
+
+
+def _end_with_parent() -> None:
+    """Not even a killed parent leaves ranks behind."""
+    wait([parent_process().sentinel])
+    os._exit(1)

@@ -1,0 +1,249 @@
+"""The training loop: from a config to a trained twin in the run directory, on any number of ranks.
+
+The run directory holds `config.yaml`, `checkpoint.pt`, `metrics.jsonl` and `tensorboard/`.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from model.loss import BarlowLoss
+from model.norm import synchronise_norms
+from model.twin import Twin
+from pipelines.batch import Batch, Loader
+from pipelines.loaders import build_loader
+from train.checkpoint import CHECKPOINT_NAME, check_resumable, load_checkpoint, save_checkpoint
+from train.config import RunConfig, save_config
+from train.distributed import World, process_group
+from train.errors import TrainingError
+from train.metrics import MetricsWriter, StepReport
+from train.step import TrainStep
+
+CONFIG_NAME = "config.yaml"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a call of `pretrain` ended."""
+
+    checkpoint: Path
+    step: int  # global steps that the checkpoint has seen
+    steps_done: int  # of these, done by this call; 0 where the run had been finished before
+    last_report: StepReport | None
+
+
+def pretrain(config: RunConfig, on_step: Callable[[StepReport], None] | None = None) -> RunResult:
+    """Train as `config` says, from the run directory's checkpoint if there is one, and save the result.
+
+    Under torchrun each process is one rank. On rank 0 `on_step` receives a report every `train.log_every`
+    steps. Raises `DataError`, `ModelError` or `TrainingError`, with the last checkpoint intact.
+    """
+    with process_group(config.train.device) as world:
+        torch.backends.cudnn.benchmark = True  # the shapes never change
+        loader = build_loader(
+            config.data,
+            seed=config.seed,
+            batch_size=config.train.batch_size,
+            rank=world.rank,
+            world_size=world.size,
+            device=world.device,
+        )
+        with closing(loader):
+            return _Run(config, world, loader).train(on_step)
+
+
+def build_twin(config: RunConfig, device: torch.device) -> Twin:
+    """The untrained network of a run, in channels-last format: the seed fixes its weights."""
+    torch.manual_seed(config.seed)
+    return Twin(config.model).to(device, memory_format=torch.channels_last)
+
+
+class _Run:
+    """One rank's part of a run. Steps count from 0 while they are done, and as "steps done" afterwards."""
+
+    def __init__(self, config: RunConfig, world: World, loader: Loader) -> None:
+        self.config, self.world, self.loader = config, world, loader
+        self.checkpoint = config.run_dir / CHECKPOINT_NAME
+        self.saved_step: int | None = None
+        self.total_steps = config.train.epochs * loader.steps_per_epoch
+        if config.train.max_steps is not None:
+            self.total_steps = min(self.total_steps, config.train.max_steps)
+        self.twin = build_twin(config, world.device)
+        self.train_step = TrainStep(config, self._over_ranks(self.twin), loader.steps_per_epoch)
+        # 0-d int64 on the device: steps done when the loss was first not finite; 0 as long as it is.
+        self.failed_step = torch.zeros((), dtype=torch.int64, device=world.device)
+
+    def train(self, on_step: Callable[[StepReport], None] | None) -> RunResult:
+        """1. resume  2. step after step  3. a report now and then  4. a checkpoint now and then"""
+        start = self._resume()  # 1
+        if start >= self.total_steps:
+            return RunResult(self.checkpoint, start, 0, None)
+        train, report = self.config.train, None
+        meter = _Meter(train.batch_size, self.total_steps, start)
+        with self._open_metrics(start) as write:
+            for step, batch in self._batches(start, meter):
+                loss = self.train_step(batch, step)  # 2
+                done = step + 1
+                has_failed = ~torch.isfinite(loss.total) & (self.failed_step == 0)
+                self.failed_step = torch.where(has_failed, done, self.failed_step)
+                is_last = done == self.total_steps
+                if is_last or done == start + 1 or done % train.log_every == 0:  # 3
+                    self._stop_if_loss_failed()
+                    if self.world.is_main:
+                        report = meter.report(
+                            done, step // self.loader.steps_per_epoch, loss, self.train_step
+                        )
+                        write(report)
+                        if on_step is not None:
+                            on_step(report)
+                if is_last or self._is_checkpoint_due(done):  # 4
+                    self._save(done)
+        return RunResult(self.checkpoint, self.total_steps, self.total_steps - start, report)
+
+    def _over_ranks(self, twin: Twin) -> nn.Module:
+        """The network with gradients and batch-norm statistics over all ranks."""
+        if self.world.size == 1:
+            return twin
+        return DistributedDataParallel(
+            synchronise_norms(twin),
+            device_ids=[self.world.device] if self.world.device.type == "cuda" else None,
+            forward_sync_buffers=False,  # synchronised norms keep them equal
+            gradient_as_bucket_view=True,
+        )
+
+    def _batches(self, start: int, meter: "_Meter") -> Iterator[tuple[int, Batch]]:
+        """(step, batch) from step `start` to the last one of the run."""
+        per_epoch = self.loader.steps_per_epoch
+        for epoch in range(start // per_epoch, math.ceil(self.total_steps / per_epoch)):
+            first = max(start, epoch * per_epoch)
+            batches = iter(self.loader.epoch(epoch, first - epoch * per_epoch))
+            for step in range(first, min((epoch + 1) * per_epoch, self.total_steps)):
+                with meter.waiting():
+                    batch = next(batches)
+                yield step, batch
+
+    def _resume(self) -> int:
+        """Take over the run directory's checkpoint; returns the steps it has seen, 0 without one."""
+        state = None
+        if self.config.train.checkpoint.resume and self.checkpoint.exists():
+            state = load_checkpoint(self.checkpoint)
+            check_resumable(state, self.config, self.loader.num_samples, self.checkpoint)
+        start = state["step"] if state else 0
+        if len(set(self.world.gather(start))) > 1:
+            raise TrainingError(
+                f"The processes find different checkpoints in run_dir {self.config.run_dir}; "
+                f"it must be one folder that all machines share."
+            )
+        if state:
+            self.twin.load_state_dict(state["model"])
+            self.train_step.optimizer.load_state_dict(state["optimizer"])
+            if state["scaler"] and self.train_step.scaler.is_enabled():
+                self.train_step.scaler.load_state_dict(state["scaler"])
+            self.saved_step = start
+        return start
+
+    def _is_checkpoint_due(self, done: int) -> bool:
+        every = self.config.train.checkpoint.every_steps
+        return done % self.loader.steps_per_epoch == 0 or (every is not None and done % every == 0)
+
+    def _save(self, done: int) -> None:
+        """Write the checkpoint, unless the run has gone astray."""
+        self._stop_if_loss_failed()
+        self._stop_if_weights_failed(done)
+        if self.world.is_main:
+            state = {
+                "config": self.config.model_dump(mode="json"),
+                "model": self.twin.state_dict(),
+                "optimizer": self.train_step.optimizer.state_dict(),
+                "scaler": self.train_step.scaler.state_dict(),
+                "step": done,
+                "num_samples": self.loader.num_samples,
+            }
+            save_checkpoint(state, self.checkpoint)
+        self.saved_step = done
+
+    def _stop_if_loss_failed(self) -> None:
+        failed = self.world.maximum(self.failed_step)
+        if failed:
+            raise self._failure("loss", failed)
+
+    def _stop_if_weights_failed(self, done: int) -> None:
+        """A checkpoint of broken weights would be worse than none: the run could never go on from it."""
+        momenta = [state["mu"] for state in self.train_step.optimizer.state.values()]
+        tensors = [t for t in (*self.twin.state_dict().values(), *momenta) if t.is_floating_point()]
+        if not torch.stack(torch._foreach_norm(tensors)).isfinite().all():
+            raise self._failure("state of the network", done)
+
+    def _failure(self, what: str, done: int) -> TrainingError:
+        saved = "no checkpoint has been written yet"
+        if self.saved_step is not None:
+            saved = f"the last good checkpoint is {self.checkpoint} of step {self.saved_step}"
+        epoch = (done - 1) // self.loader.steps_per_epoch
+        return TrainingError(
+            f"The {what} is not finite any more at step {done} (epoch {epoch}); {saved}; "
+            f"lower train.optim.lr_weights and lr_biases, or set train.precision to bf16 or fp32."
+        )
+
+    @contextmanager
+    def _open_metrics(self, start: int) -> Iterator[Callable[[StepReport], None]]:
+        """Prepare the run directory; gives the function that writes a report. Only rank 0 does either."""
+        if not self.world.is_main:
+            yield lambda report: None
+            return
+        run_dir = self.config.run_dir
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            save_config(self.config, run_dir / CONFIG_NAME)
+            writer = MetricsWriter(run_dir, start)
+        except OSError as error:
+            raise TrainingError(
+                f"Cannot write to run_dir {run_dir}: {error.strerror}; free it or choose another."
+            ) from error
+        with closing(writer):
+            yield writer.write
+
+
+class _Meter:
+    """Speed and waiting time between two reports."""
+
+    def __init__(self, batch_size: int, total_steps: int, start: int) -> None:
+        self.batch_size, self.total_steps, self.reported_step = batch_size, total_steps, start
+        self.began = self.reported_at = time.perf_counter()
+        self.waited = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside as waiting for the loader."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    def report(self, done: int, epoch: int, loss: BarlowLoss, train_step: TrainStep) -> StepReport:
+        """The report after `done` steps; reading the loss waits for the device."""
+        total, invariance, redundancy = torch.stack(loss).tolist()
+        weights, biases = train_step.optimizer.param_groups
+        now = time.perf_counter()
+        seconds_per_step = (now - self.reported_at) / (done - self.reported_step)
+        report = StepReport(
+            step=done,
+            total_steps=self.total_steps,
+            epoch=epoch,
+            loss=total,
+            invariance=invariance,
+            redundancy=redundancy,
+            lr_weights=weights["lr"],
+            lr_biases=biases["lr"],
+            pairs_per_second=self.batch_size / seconds_per_step,
+            data_wait_share=self.waited / (now - self.reported_at),
+            seconds=now - self.began,
+            seconds_left=(self.total_steps - done) * seconds_per_step,
+        )
+        self.reported_at, self.reported_step, self.waited = now, done, 0.0
+        return report
