@@ -1,0 +1,353 @@
+"""The command line: help, the main job in miniature, and one clear sentence for whatever is wrong."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from tools import console
+from tools.cli import app
+from tools.console import describe_step
+from train.metrics import StepReport, read_metrics
+
+COMMANDS = [
+    [],
+    ["demo"],
+    ["convert"],
+    ["pretrain"],
+    ["eval"],
+    ["eval", "knn"],
+    ["eval", "linear"],
+    ["profile"],
+    ["bench"],
+    ["bench", "loader"],
+    ["bench", "loss"],
+    ["export"],
+]
+CLASSES = ["ant", "bee", "cat"]
+RECIPE = {
+    "run_dir": "run",
+    "data": {"path": "images", "loader": "folder", "image_size": 32, "workers": 1},
+    "model": {"backbone": "resnet18", "projector": "8-8"},
+    "train": {
+        "epochs": 1,
+        "batch_size": 8,
+        "precision": "fp32",
+        "device": "cpu",
+        "log_every": 1,
+        "optim": {"warmup_epochs": 0},
+    },
+    "eval": {
+        "features": {"image_size": 32, "resize": 32, "batch_size": 8, "workers": 0},
+        "knn": {"k": 3},
+        "linear": {"epochs": 2},
+    },
+}
+
+
+def call(*arguments: object):
+    """Run a command in this process."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def succeed(*arguments: object) -> str:
+    """Standard output of a command that must succeed."""
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def measure(*arguments: object) -> dict:
+    """The result of a command with --json."""
+    return json.loads(succeed(*arguments, "--json").splitlines()[-1])
+
+
+def refuse(*arguments: object) -> str:
+    """The sentence of a command that must fail with exit code 2."""
+    result = call(*arguments)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    (sentence,) = result.stderr.splitlines()
+    assert sentence.endswith(".")
+    return sentence
+
+
+def in_a_process(*arguments: object, **options: object) -> subprocess.Popen:
+    """Start the command as users do."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tools.cli", *map(str, arguments)],
+        cwd=Path(__file__).resolve().parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, write_images: Callable[..., None]) -> Path:
+    """A folder with images/{train,val} of three classes and `tiny.yaml`, a run of two steps on them."""
+    root = tmp_path_factory.mktemp("cli")
+    write_images(root / "images" / "train", CLASSES, 6)
+    write_images(root / "images" / "val", CLASSES, 3, seed=1)
+    recipe = RECIPE | {
+        "run_dir": str(root / "run"),
+        "data": RECIPE["data"] | {"path": str(root / "images/train")},
+    }
+    (root / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    return root
+
+
+@pytest.fixture(scope="module")
+def demo_result(root: Path) -> dict:
+    """The demo on the images of `root`, which it takes for its own."""
+    return measure("demo", "--out", root, "--config", root / "tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(root: Path, demo_result: dict) -> Path:
+    return root / "run" / "checkpoint.pt"
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_a_manual_page(command: list[str]) -> None:
+    text = succeed(*command, "--help")
+    assert "Usage: " in text
+    is_group = command in ([], ["eval"], ["bench"])
+    assert is_group or ("Examples" in text or "Example" in text)
+    assert "[bold]" not in text and "\\b" not in text
+
+
+def test_demo_does_the_main_job_and_reports_it(root: Path, demo_result: dict) -> None:
+    assert demo_result["steps"] == 2
+    assert list(demo_result["accuracies"]) == ["raw pixels", "untrained network", "trained network"]
+    for accuracies in demo_result["accuracies"].values():
+        assert all(0 <= share <= 1 for share in accuracies.values())
+    before, after = (demo_result["accuracies"][f"{w} network"]["kNN"] for w in ("untrained", "trained"))
+    assert demo_result["gain_points"] == pytest.approx(100 * (after - before))
+    report = Path(demo_result["report"]).read_text()
+    for title in (
+        "What the network sees",
+        "The loss",
+        "cross-correlation",
+        "Where the time goes",
+        "Settings",
+    ):
+        assert title in report
+    assert f"{after:.1%}" in report
+    for name in ("untrained.pt", "checkpoint.pt", "config.yaml", "metrics.jsonl", "profile/profile.png"):
+        assert (root / "run" / name).stat().st_size > 0
+    assert [record["step"] for record in read_metrics(root / "run")] == [1, 2]
+
+
+def test_demo_is_made_anew_on_the_same_images(root: Path, demo_result: dict) -> None:
+    again = measure("demo", "--out", root, "--config", root / "tiny.yaml")
+    assert again["accuracies"] == demo_result["accuracies"]
+
+
+def test_evaluations_of_the_demo_can_be_repeated_by_hand(root: Path, demo_result: dict) -> None:
+    for network, name in (("untrained network", "untrained.pt"), ("trained network", "checkpoint.pt")):
+        for protocol, key in (("knn", "kNN"), ("linear", "linear")):
+            result = measure("eval", protocol, root / "run" / name, root / "train.beton", root / "val.beton")
+            assert result["accuracy"]["top1"] == demo_result["accuracies"][network][key]
+            assert (result["train_images"], result["test_images"], result["num_classes"]) == (18, 9, 3)
+
+
+def test_options_replace_the_settings_beside_the_checkpoint(root: Path, checkpoint: Path) -> None:
+    images = root / "images"
+    result = measure("eval", "knn", checkpoint, images / "train", images / "val", "--k", 5, "--resize", 40)
+    assert result["settings"]["knn"]["k"] == 5
+    assert result["settings"]["features"] == RECIPE["eval"]["features"] | {"resize": 40}
+
+
+def test_convert_then_pretrain_then_continue(root: Path, tmp_path: Path) -> None:
+    beton = tmp_path / "set.beton"
+    assert "18 images of 3 classes" in succeed("convert", root / "images" / "train", beton)
+    overrides = [f"data.path={beton}", f"run_dir={tmp_path / 'run'}", "data.loader=ffcv"]
+    first = measure("pretrain", root / "tiny.yaml", *overrides)
+    assert (first["step"], first["steps_done"], first["last_report"]["step"]) == (2, 2, 2)
+    assert Path(first["checkpoint"]).exists()
+    assert "nothing to do" in succeed("pretrain", root / "tiny.yaml", *overrides)
+
+
+def test_convert_counts_what_it_left_out(root: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(root / "images" / "train", images)
+    (images / "ant" / "broken.jpg").write_bytes(b"no image")
+    assert "Left out as unreadable: 1;" in succeed("convert", images, tmp_path / "set.beton")
+
+
+def test_profile_writes_its_files_and_prints_json(root: Path, tmp_path: Path) -> None:
+    result = measure("profile", root / "tiny.yaml", "--steps", 1, "--out", tmp_path)
+    assert sum(result["shares"].values()) == pytest.approx(1)
+    assert json.loads((tmp_path / "profile.json").read_text()) == result
+    assert (tmp_path / "profile.png").stat().st_size > 0
+
+
+def test_benchmarks_print_json(root: Path) -> None:
+    loader = measure(
+        "bench", "loader", root / "tiny.yaml", "--only", "folder", "--repeats", 1, "--batches", 1
+    )
+    assert loader["median_pairs_per_second"]["folder"] > 0
+    loss = measure("bench", "loss", "--samples", 4, "--width", 8, "--repeats", 1, "--device", "cpu")
+    assert loss["dense_over_gram"] > 0
+
+
+def test_exported_backbone_evaluates_like_its_checkpoint(
+    root: Path, demo_result: dict, checkpoint: Path, tmp_path: Path
+) -> None:
+    exported = tmp_path / "backbone.safetensors"
+    assert "resnet18" in succeed("export", checkpoint, exported)
+    shutil.copy(root / "run" / "config.yaml", tmp_path)
+    result = measure("eval", "knn", exported, root / "train.beton", root / "val.beton")
+    assert result["accuracy"]["top1"] == demo_result["accuracies"]["trained network"]["kNN"]
+
+
+def test_bad_folders_get_one_sentence(tmp_path: Path) -> None:
+    out = tmp_path / "x.beton"
+    assert str(tmp_path / "absent") in refuse("convert", tmp_path / "absent", out)
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in refuse("convert", tmp_path / "empty", out)
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "a.jpg").write_bytes(b"x")
+    assert "sub-folder" in refuse("convert", tmp_path / "flat", out)
+
+
+@pytest.mark.parametrize("folder", ["absent", "empty", "flat"])
+def test_pretraining_on_a_bad_folder_gets_one_sentence(root: Path, tmp_path: Path, folder: str) -> None:
+    if folder != "absent":
+        (tmp_path / folder).mkdir()
+    if folder == "flat":
+        (tmp_path / folder / "a.jpg").write_bytes(b"x")
+    sentence = refuse("pretrain", root / "tiny.yaml", f"data.path={tmp_path / folder}")
+    assert str(tmp_path / folder) in sentence
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.epoch=3", "train.epochs"),
+        ("train.epochs=many", "train.epochs"),
+        ("train.epochs=0", "train.epochs"),
+        ("model.backbone=resnet19", "resnet18"),
+        ("train.epochs", "key.sub=value"),
+        ("train.batch_size=99", "larger than the dataset of 18"),
+    ],
+)
+@pytest.mark.parametrize("command", [["pretrain"], ["profile"], ["bench", "loader"]], ids=" ".join)
+def test_bad_settings_get_one_sentence(root: Path, command: list[str], override: str, expected: str) -> None:
+    run_dir = f"run_dir={root / 'unused'}"
+    assert expected in refuse(*command, root / "tiny.yaml", run_dir, override)
+    assert not (root / "unused").exists()
+
+
+def test_missing_recipe_gets_one_sentence(tmp_path: Path) -> None:
+    assert str(tmp_path / "no.yaml") in refuse("pretrain", tmp_path / "no.yaml")
+    assert str(tmp_path / "no.yaml") in refuse("demo", "--out", tmp_path, "--config", tmp_path / "no.yaml")
+
+
+def test_beton_that_is_cut_short_gets_one_sentence(root: Path, checkpoint: Path, tmp_path: Path) -> None:
+    whole = (root / "train.beton").read_bytes()
+    cut = tmp_path / "cut.beton"
+    cut.write_bytes(whole[: len(whole) // 2])
+    for loader in ("folder", "ffcv", "dali"):
+        overrides = f"data.path={cut}", f"data.loader={loader}", f"run_dir={tmp_path / 'run'}"
+        assert str(cut) in refuse("pretrain", root / "tiny.yaml", *overrides)
+    assert str(cut) in refuse("eval", "knn", checkpoint, cut, root / "val.beton")
+
+
+def test_checkpoint_of_another_architecture_gets_one_sentence(root: Path, checkpoint: Path) -> None:
+    sentence = refuse("pretrain", root / "tiny.yaml", "model.backbone=resnet34", "train.epochs=2")
+    assert "model.backbone" in sentence and str(checkpoint) in sentence
+
+
+@pytest.mark.parametrize("command", [["eval", "knn"], ["eval", "linear"]], ids=" ".join)
+def test_bad_checkpoints_get_one_sentence(
+    root: Path, checkpoint: Path, tmp_path: Path, command: list[str]
+) -> None:
+    data = root / "train.beton", root / "val.beton"
+    assert str(tmp_path / "no.pt") in refuse(*command, tmp_path / "no.pt", *data)
+    cut = tmp_path / "cut.pt"
+    cut.write_bytes(checkpoint.read_bytes()[:5000])
+    assert str(cut) in refuse(*command, cut, *data)
+
+
+def test_export_of_a_missing_checkpoint_gets_one_sentence(tmp_path: Path) -> None:
+    assert str(tmp_path / "no.pt") in refuse("export", tmp_path / "no.pt", tmp_path / "x.pth")
+
+
+def test_bad_options_get_one_sentence(root: Path, checkpoint: Path) -> None:
+    data = root / "train.beton", root / "val.beton"
+    assert "eval.knn.k" in refuse("eval", "knn", checkpoint, *data, "--k", 0)
+    assert "eval.knn.k" in refuse("eval", "knn", checkpoint, *data, "--k", 1000)
+    assert "image_size" in refuse("eval", "knn", checkpoint, *data, "--image-size", 64)
+    assert "folder, ffcv" in refuse("bench", "loader", root / "tiny.yaml", "--only", "fastest")
+
+
+def test_unknown_exceptions_stay_visible(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("tools.export.export_backbone", fail)
+    assert isinstance(call("export", tmp_path / "a", tmp_path / "b").exception, RuntimeError)
+
+
+def test_interrupt_ends_with_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tools.export.export_backbone", interrupt)
+    result = call("export", tmp_path / "a", tmp_path / "b")
+    assert (result.exit_code, result.stderr) == (130, "Interrupted.\n")
+
+
+def test_interrupted_pretraining_says_how_to_go_on(root: Path, tmp_path: Path) -> None:
+    overrides = f"run_dir={tmp_path / 'run'}", "train.epochs=100000"
+    process = in_a_process("pretrain", root / "tiny.yaml", *overrides)
+    try:
+        assert process.stderr.readline().startswith("step 1/200000  loss ")
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith("Interrupted; ") and str(tmp_path / "run") in errors
+
+
+def test_mistake_of_several_processes_is_told_once(root: Path, tmp_path: Path) -> None:
+    overrides = f"run_dir={tmp_path / 'run'}", "train.batch_size=9"
+    process = in_a_process("pretrain", root / "tiny.yaml", *overrides, "--procs", 2)
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 2, errors
+    assert len(errors.splitlines()) == 1 and "multiple of 2" in errors
+    assert output == ""
+
+
+def test_progress_line_tells_speed_loss_and_time_left() -> None:
+    report = StepReport(30, 200, 1, 12.345, 10.0, 460.0, 0.1, 0.01, 321.6, 0.25, 60.0, 3725.4)
+    assert describe_step(report) == (
+        "step 30/200  loss 12.35 (invariance 10, redundancy 460)  322 pairs/s  data wait 25%  1:02:05 left"
+    )
+
+
+def test_progress_on_a_terminal_shows_the_same_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    from rich.console import Console
+
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=160)
+    monkeypatch.setattr(console, "Console", lambda **options: terminal)
+    report = StepReport(30, 200, 1, 12.345, 10.0, 460.0, 0.1, 0.01, 321.6, 0.25, 60.0, 3725.4)
+    with console.training_progress() as show:
+        show(report)
+    assert describe_step(report) in terminal.file.getvalue()

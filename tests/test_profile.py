@@ -1,0 +1,162 @@
+"""Profile and benchmarks measure what they say they measure."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.loss import ALGORITHMS
+from pipelines.errors import DataError
+from tools.bench import timing
+from tools.bench.loader import bench_loaders
+from tools.bench.loss import bench_loss
+from tools.bench.timing import PhaseTimer, endless
+from tools.figures import PHASE_COLOURS
+from tools.profile import Profile, profile_run, write_profile
+from train.config import RunConfig
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Time stands still but for what the test adds."""
+    now = [100.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def advance(seconds: float) -> None:
+        now[0] += seconds
+
+    return advance
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, write_images: Callable[..., None]) -> RunConfig:
+    root = tmp_path_factory.mktemp("profile")
+    write_images(root / "images", ["a", "b"], 4)
+    return RunConfig.model_validate(
+        {
+            "run_dir": root / "run",
+            "data": {"path": root / "images", "loader": "folder", "image_size": 32, "workers": 0},
+            "model": {"backbone": "resnet18", "projector": "8-8"},
+            "train": {
+                "epochs": 1,
+                "batch_size": 4,
+                "precision": "fp32",
+                "device": "cpu",
+                "optim": {"warmup_epochs": 0},
+            },
+        }
+    )
+
+
+def a_profile(loader: float, step: float) -> Profile:
+    return Profile({"data wait": 0.1, "forward": 0.3}, loader, step, batch_size=32, steps=5, environment={})
+
+
+def test_timer_gives_each_phase_the_time_since_the_mark_before_it(clock: Callable[[float], None]) -> None:
+    timer = PhaseTimer(CPU)
+    for data, forward in ((1.0, 5.0), (3.0, 7.0)):
+        timer.start()
+        clock(data)
+        timer.mark("data wait")
+        clock(forward)
+        timer.mark("forward")
+        clock(1000.0)  # between two steps: nobody's
+    assert timer.mean_seconds() == {"data wait": 2.0, "forward": 6.0}
+
+
+def test_cleared_timer_forgets_the_warm_up(clock: Callable[[float], None]) -> None:
+    timer = PhaseTimer(CPU)
+    for seconds in (50.0, 2.0):
+        timer.clear()
+        timer.start()
+        clock(seconds)
+        timer.mark("forward")
+    assert timer.mean_seconds() == {"forward": 2.0}
+
+
+def test_stream_goes_on_with_the_next_epoch() -> None:
+    class TwoBatches:
+        def epoch(self, epoch: int) -> Iterator[str]:
+            return iter([f"{epoch}a", f"{epoch}b"])
+
+    stream = endless(TwoBatches())
+    assert [next(stream) for _ in range(5)] == ["0a", "0b", "1a", "1b", "2a"]
+
+
+def test_shares_add_up_to_the_step() -> None:
+    profile = a_profile(loader=1.0, step=2.0)
+    assert profile.step_seconds == pytest.approx(0.4)
+    assert profile.shares == pytest.approx({"data wait": 0.25, "forward": 0.75})
+    assert profile.pairs_per_second == pytest.approx(80)
+
+
+def test_verdict_names_the_slower_half_and_both_figures() -> None:
+    assert a_profile(loader=120.0, step=80.5).verdict == (
+        "The step limits: alone it takes 80.5 pairs/s; the loader alone could deliver 120.0."
+    )
+    assert a_profile(loader=80.5, step=120.0).verdict == (
+        "The loader limits: alone it delivers 80.5 pairs/s; the step alone could take 120.0."
+    )
+
+
+def test_profile_splits_real_steps_and_leaves_the_checkpoint_alone(config: RunConfig, tmp_path: Path) -> None:
+    config.run_dir.mkdir()
+    checkpoint = config.run_dir / "checkpoint.pt"
+    checkpoint.write_bytes(b"not to be touched")
+    parts: list[str] = []
+    profile = profile_run(config, steps=2, on_phase=parts.append)
+    assert list(profile.phases) == list(PHASE_COLOURS)
+    assert all(seconds > 0 for seconds in profile.phases.values())
+    assert min(profile.loader_pairs_per_second, profile.step_pairs_per_second) > 0
+    assert parts == ["the loader alone", "loader and step together", "the step alone"]
+    assert checkpoint.read_bytes() == b"not to be touched"
+    assert list(config.run_dir.iterdir()) == [checkpoint]
+
+    write_profile(profile, tmp_path / "new" / "folder")
+    saved = json.loads((tmp_path / "new" / "folder" / "profile.json").read_text())
+    assert saved == profile.as_dict()
+    assert (tmp_path / "new" / "folder" / "profile.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_profile_on_a_gpu_times_every_phase(config: RunConfig) -> None:
+    train = config.train.model_copy(update={"device": "cuda"})
+    profile = profile_run(config.model_copy(update={"train": train}), steps=2)
+    assert list(profile.phases) == list(PHASE_COLOURS)
+    assert all(seconds > 0 for seconds in profile.phases.values())
+
+
+def test_loader_benchmark_names_loaders_that_cannot_read_the_data(config: RunConfig) -> None:
+    turns: list[tuple[int, int]] = []
+    result = bench_loaders(
+        config,
+        ["folder", "ffcv"],  # FFCV reads no folders
+        repeats=2,
+        batches=2,
+        device=CPU,
+        progress=lambda done, total: turns.append((done, total)),
+    )
+    assert len(result["pairs_per_second"]["folder"]) == 2
+    assert result["ratio_to_slowest"] == {"folder": 1.0}
+    assert str(config.data.path) in result["unavailable"]["ffcv"]
+    assert turns == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_loader_benchmark_without_any_usable_loader_is_an_error(config: RunConfig) -> None:
+    with pytest.raises(DataError, match="beton"):
+        bench_loaders(config, ["ffcv"], repeats=1, batches=1, device=CPU)
+
+
+def test_loss_benchmark_measures_every_algorithm() -> None:
+    result = bench_loss(samples=8, width=16, repeats=3, device=CPU)
+    assert result["seconds"].keys() == ALGORITHMS.keys()
+    for name, seconds in result["seconds"].items():
+        assert len(seconds) == 3
+        assert result["median_seconds"][name] == sorted(seconds)[1]
+    ratio = result["median_seconds"]["dense"] / result["median_seconds"]["gram"]
+    assert result["dense_over_gram"] == ratio

@@ -1,0 +1,78 @@
+"""Time on the host and on the GPU, and an endless stream of batches to spend it on."""
+
+import time
+from collections.abc import Iterator
+from itertools import count, islice, pairwise
+
+import torch
+
+from pipelines.batch import Batch, Loader
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until `device` has done all queued work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def endless(loader: Loader) -> Iterator[Batch]:
+    """The batches of epoch 0, 1, 2 and so on."""
+    for epoch in count():
+        yield from loader.epoch(epoch)
+
+
+def seconds_for(stream: Iterator[Batch], batches: int, device: torch.device) -> float:
+    """Wall time in which `stream` delivers that many batches to a consumer that only takes them."""
+    synchronise(device)
+    start = time.perf_counter()
+    for _ in islice(stream, batches):
+        pass
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+class PhaseTimer:
+    """Splits the time of each step into phases without waiting for the device.
+
+    On a GPU the stamps are events in its queue, so a phase's time is the GPU's own: from the end of the phase
+    before it to its end, idle time included. A phase "data wait" is then how long the GPU stood still for
+    want of a batch, not how long the host waited.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._steps: list[list[tuple[str, float | torch.cuda.Event]]] = []
+
+    def clear(self) -> None:
+        """Forget all steps so far."""
+        self._steps.clear()
+
+    def start(self) -> None:
+        """Begin a step."""
+        self._steps.append([("start", self._stamp())])
+
+    def mark(self, phase: str) -> None:
+        """End a phase of the step: all since the last call belongs to it."""
+        self._steps[-1].append((phase, self._stamp()))
+
+    def mean_seconds(self) -> dict[str, float]:
+        """Mean seconds of each phase over all steps, in the order of the phases; waits for the device."""
+        synchronise(self._device)
+        totals: dict[str, float] = {}
+        for stamps in self._steps:
+            for (_, before), (phase, after) in pairwise(stamps):
+                totals[phase] = totals.get(phase, 0.0) + _seconds_between(before, after)
+        return {phase: total / len(self._steps) for phase, total in totals.items()}
+
+    def _stamp(self) -> float | torch.cuda.Event:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+
+def _seconds_between(before: float | torch.cuda.Event, after: float | torch.cuda.Event) -> float:
+    if isinstance(before, torch.cuda.Event):
+        return before.elapsed_time(after) / 1000
+    return after - before

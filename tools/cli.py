@@ -1,0 +1,264 @@
+"""The command `fastbarlow`. Each command reads its arguments, calls the library and prints the result.
+
+Heavy libraries are imported inside the commands, so that `--help` is quick.
+"""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tools.cli_bench import bench_app
+from tools.cli_eval import eval_app
+from tools.console import (
+    EXIT_INTERRUPTED,
+    Commands,
+    leave,
+    progress_bar,
+    say,
+    show_json,
+    show_table,
+    training_progress,
+)
+from tools.options import ConfigPath, Json, Overrides
+
+if TYPE_CHECKING:
+    from tools.profile import Profile
+    from train.config import RunConfig
+
+DEMO_CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="""Train Barlow Twins as fast as the hardware allows, and see where the time goes.
+
+    The usual way: convert a folder of images, pretrain a twin on it,
+    evaluate and export its backbone; profile says what limits the speed.
+    demo does all of it in a few minutes on drawn images.
+
+    Exit codes of all commands: 0 done; 2 something in the input is wrong, said in one sentence on standard
+    error; 130 interrupted by Ctrl-C.""",
+)
+app.add_typer(eval_app, name="eval")
+app.add_typer(bench_app, name="bench")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for data, run and report.")] = Path("demo"),
+    config: Annotated[
+        Path, typer.Option(help="Recipe of the small run; its paths are not used.")
+    ] = DEMO_CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Run everything once, small, on this machine, and write a report to look at.
+
+    Draws a data set of JPEG images, converts it, pretrains a small twin, evaluates it against the same
+    network untrained, profiles it. Takes a few minutes on two CPU cores. The images are kept for a second
+    call; the run is made anew.
+
+    Writes into OUT: images/, train.beton and val.beton with manifests, run/ with untrained.pt, checkpoint.pt,
+    metrics.jsonl and profile/, and report.html, one file with no links to the outside.
+
+    Example
+
+        fastbarlow demo --out demo
+    """
+    from tools.demo import run_demo
+
+    with training_progress() as on_step:
+        result = run_demo(out, config, on_phase=lambda phase: say(phase, as_json=True), on_step=on_step)
+    accuracies = result["accuracies"]
+    rows = [("features", "kNN", "linear")]
+    rows += [(name, f"{of['kNN']:.1%}", f"{of['linear']:.1%}") for name, of in accuracies.items()]
+    show_table("Accuracy on held-out images", rows, as_json=as_json)
+    rows = [("phase", "seconds"), *((name, f"{seconds:.1f}") for name, seconds in result["seconds"].items())]
+    show_table("Time", rows, as_json=as_json)
+    say(
+        f"kNN accuracy {accuracies['untrained network']['kNN']:.1%} untrained, "
+        f"{accuracies['trained network']['kNN']:.1%} trained: {result['gain_points']:+.1f} points.",
+        as_json=as_json,
+    )
+    say(f"Look at {result['report']}", as_json=as_json)
+    if as_json:
+        show_json(result)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Folder with one sub-folder of images per class.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="The .beton file to write.")],
+    max_side: Annotated[int, typer.Option(help="Shrink larger images to this longer side, in pixels.")] = 512,
+    quality: Annotated[int, typer.Option(help="JPEG quality of the stored images, 1 to 100.")] = 90,
+    workers: Annotated[int, typer.Option(help="Processes.")] = os.cpu_count() or 1,
+) -> None:
+    """Convert a folder of images to one .beton file that the fast loaders read.
+
+    The layout is that of torchvision's ImageFolder: SRC/CLASS/.../IMAGE. Images that cannot be read are left
+    out, counted at the end and named in the manifest. An existing DST is replaced, but only by a complete
+    one.
+
+    Writes DST, which FFCV opens with the fields image (RGBImageField) and label (IntField), and DST with the
+    ending .manifest.json: classes, counts, settings, versions, images left out.
+
+    Examples
+
+        fastbarlow convert imagenet/train train.beton
+        fastbarlow convert imagenet/val val.beton --max-side 400 --workers 32
+    """
+    from tools.convert import convert as convert_images
+    from tools.convert.manifest import manifest_path
+
+    with progress_bar("reading, then writing") as progress:
+        manifest = convert_images(
+            source, target, max_side=max_side, quality=quality, workers=workers, progress=progress
+        )
+    say(f"{target}: {manifest.images} images of {len(manifest.classes)} classes.")
+    if manifest.left_out:
+        say(f"Left out as unreadable: {len(manifest.left_out)}; see {manifest_path(target)}.")
+
+
+@app.command()
+def pretrain(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    procs: Annotated[
+        int | None, typer.Option(min=1, help="Local processes; default one per GPU, or 1 without a GPU.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Pretrain a twin as the recipe CONFIG says.
+
+    Goes on from the last checkpoint in the run directory, if there is one and train.checkpoint.resume is
+    true; the samples are then the same as in a run that was never stopped. Under torchrun each process
+    joins the run, and --procs does not count.
+
+    Shows the loss and its terms, pairs of views per second, the share of the time spent waiting for data, and
+    the time left.
+
+    Writes into run_dir: config.yaml (all settings), checkpoint.pt, metrics.jsonl, tensorboard/.
+
+    Examples
+
+        fastbarlow pretrain configs/imagenet.yaml run_dir=runs/a data.path=train.beton
+        fastbarlow pretrain configs/cifar10.yaml train.device=cpu --procs 2
+        torchrun --nproc-per-node 8 -m tools.cli pretrain configs/imagenet.yaml
+    """
+    from train.config import load_config
+    from train.launch import launch
+    from train.loop import pretrain as pretrain_run
+
+    run = load_config(config, overrides or [])
+    num_processes = 1 if "RANK" in os.environ else procs or _default_processes(run)
+    try:
+        with training_progress() as on_step:
+            result = launch(run, num_processes, on_step) if num_processes > 1 else pretrain_run(run, on_step)
+    except KeyboardInterrupt:
+        leave(
+            f"Interrupted; the same command goes on from the last checkpoint in {run.run_dir}.",
+            EXIT_INTERRUPTED,
+        )
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
+    if result.steps_done:
+        say(f"{result.checkpoint}: step {result.step}, {result.steps_done} of them now.", as_json=as_json)
+    else:
+        say(f"{result.checkpoint} has seen all {result.step} steps already; nothing to do.", as_json=as_json)
+    if as_json:
+        report = asdict(result.last_report) if result.last_report else None
+        show_json({**asdict(result), "checkpoint": str(result.checkpoint), "last_report": report})
+
+
+@app.command()
+def profile(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="Measured steps of each part, after 5 others.")] = 20,
+    out: Annotated[Path | None, typer.Option(help="Folder for the files; default run_dir/profile.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Find out where the time of a training step goes on this machine, and what limits the speed.
+
+    Runs the loader alone, then loader and step together, each step split into data wait, augmentation,
+    forward, loss, backward and optimizer, then the step alone on synthetic data. On a GPU all times are the
+    GPU's own: data wait is how long it stood still for want of a batch. One process; train.batch_size is
+    its batch, so for one GPU of many divide the recipe's. The run's checkpoint is neither read nor written.
+
+    Writes profile.json and profile.png into OUT.
+
+    Examples
+
+        fastbarlow profile configs/imagenet.yaml train.batch_size=256 data.loader=dali
+        fastbarlow profile configs/cifar10.yaml --steps 50 --json
+    """
+    from tools.profile import profile_run, write_profile
+    from train.config import load_config
+
+    run = load_config(config, overrides or [])
+    out = out or run.run_dir / "profile"
+    result = profile_run(run, steps, on_phase=lambda phase: say(f"measuring {phase}", as_json=True))
+    write_profile(result, out)
+    _show_profile(result, as_json=as_json)
+    say(f"Written to {out}.", as_json=as_json)
+    if as_json:
+        show_json(result.as_dict())
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run's checkpoint.pt.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write, .pth or .safetensors.")],
+) -> None:
+    """Write the trained backbone alone, for use elsewhere.
+
+    A .pth file is a state dict in torchvision's layout, without the classifier; load it with
+    load_state_dict(torch.load(path), strict=False). A .safetensors file holds the same tensors and, as
+    metadata, the architecture and the normalisation of the images.
+
+    Examples
+
+        fastbarlow export runs/a/checkpoint.pt resnet50.pth
+        fastbarlow export runs/a/checkpoint.pt resnet50.safetensors
+    """
+    from tools.export import export_backbone
+
+    weights = export_backbone(checkpoint, out)
+    say(f"{out}: {weights.architecture}, {len(weights.state)} tensors.")
+
+
+def _default_processes(run: "RunConfig") -> int:
+    import torch
+
+    return 1 if run.train.device == "cpu" else max(1, torch.cuda.device_count())
+
+
+def _show_profile(profile: "Profile", *, as_json: bool) -> None:
+    rows = [("phase", "ms per step", "share")]
+    rows += [(name, f"{1000 * s:.2f}", f"{profile.shares[name]:.1%}") for name, s in profile.phases.items()]
+    rows.append(("step", f"{1000 * profile.step_seconds:.2f}", "100.0%"))
+    show_table(f"Mean of {profile.steps} steps of {profile.batch_size} pairs", rows, as_json=as_json)
+    rows = [
+        ("", "pairs/s"),
+        ("loader and step together", f"{profile.pairs_per_second:.1f}"),
+        ("loader alone", f"{profile.loader_pairs_per_second:.1f}"),
+        ("step alone", f"{profile.step_pairs_per_second:.1f}"),
+    ]
+    show_table("Speed", rows, as_json=as_json)
+    say(profile.verdict, as_json=as_json)
+
+
+def main() -> None:
+    """Entry point of the installed command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""`fastbarlow eval ...`: how good the frozen features of a backbone are."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tools.console import progress_bar, say, show_json
+from tools.options import Device, Json
+
+if TYPE_CHECKING:
+    from eval.config import EvalConfig
+    from eval.run import EvalResult
+
+Checkpoint = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="A run's checkpoint.pt, or a .pth or .safetensors file.")
+]
+Train = Annotated[
+    Path, typer.Argument(metavar="TRAIN", help="Labelled images: a .beton file or a class folder.")
+]
+Test = Annotated[Path, typer.Argument(metavar="TEST", help="Images to classify, of the same classes.")]
+ImageSize = Annotated[int | None, typer.Option(help="Side of the centre crop, in pixels.")]
+Resize = Annotated[int | None, typer.Option(help="Short side before the crop, in pixels.")]
+BatchSize = Annotated[int | None, typer.Option(help="Images in one pass of the backbone.")]
+Workers = Annotated[int | None, typer.Option(help="Decoding processes.")]
+
+eval_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="""Measure how good the frozen features of a trained backbone are.
+
+    Options that are not given follow the eval section of the config.yaml beside the checkpoint, and without
+    one the built-in defaults, which suit ImageNet.""",
+)
+
+
+@eval_app.command()
+def knn(
+    checkpoint: Checkpoint,
+    train: Train,
+    test: Test,
+    k: Annotated[int | None, typer.Option("--k", help="Neighbours that vote.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of the votes' weights exp(similarity / t).")
+    ] = None,
+    image_size: ImageSize = None,
+    resize: Resize = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Classify TEST by the weighted votes of the nearest neighbours in TRAIN.
+
+    Needs no training of its own. Prints the share of right answers. Writes no files.
+
+    Examples
+
+        fastbarlow eval knn runs/a/checkpoint.pt train.beton val.beton
+        fastbarlow eval knn resnet50.pth imagenet/train imagenet/val --k 20 --json
+    """
+    from eval.run import evaluate_knn
+
+    features = {"image_size": image_size, "resize": resize, "batch_size": batch_size, "workers": workers}
+    config = _settings(checkpoint, features=features, knn={"k": k, "temperature": temperature})
+    _evaluate(evaluate_knn, checkpoint, train, test, config, device, as_json)
+
+
+@eval_app.command()
+def linear(
+    checkpoint: Checkpoint,
+    train: Train,
+    test: Test,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training features.")] = None,
+    lr: Annotated[float | None, typer.Option(help="First learning rate of the cosine.")] = None,
+    weight_decay: Annotated[float | None, typer.Option()] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the classifier's weights and the order.")] = None,
+    image_size: ImageSize = None,
+    resize: Resize = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train a linear classifier on the features of TRAIN and test it on TEST.
+
+    Features are computed once, without augmentation, so the figure is a little below that of a probe that
+    augments. Prints the shares of right answers, first guess and among five. Writes no files.
+
+    Examples
+
+        fastbarlow eval linear runs/a/checkpoint.pt train.beton val.beton
+        fastbarlow eval linear resnet50.pth train.beton val.beton --epochs 50 --lr 1.0 --json
+    """
+    from eval.run import evaluate_linear
+
+    features = {"image_size": image_size, "resize": resize, "batch_size": batch_size, "workers": workers}
+    probe = {"epochs": epochs, "lr": lr, "weight_decay": weight_decay, "seed": seed}
+    config = _settings(checkpoint, features=features, linear=probe)
+    _evaluate(evaluate_linear, checkpoint, train, test, config, device, as_json)
+
+
+def _settings(checkpoint: Path, **options: dict[str, Any]) -> "EvalConfig":
+    """The run's own eval settings, or the defaults, with the options that were given in their place."""
+    from pydantic import ValidationError
+
+    from eval.config import EvalConfig
+    from train.config import load_config
+    from train.errors import ConfigError
+
+    saved = checkpoint.with_name("config.yaml")
+    settings = (load_config(saved).eval if saved.exists() else EvalConfig()).model_dump()
+    for section, given in options.items():
+        settings[section] |= {name: value for name, value in given.items() if value is not None}
+    try:
+        return EvalConfig.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(("eval", *map(str, first["loc"])))
+        rule = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+        raise ConfigError(f"{key}: {rule}, not {first['input']!r}; change the option.") from None
+
+
+def _evaluate(
+    evaluate: Callable[..., "EvalResult"],
+    checkpoint: Path,
+    train: Path,
+    test: Path,
+    config: "EvalConfig",
+    device: str,
+    as_json: bool,
+) -> None:
+    from pipelines.source import open_source
+    from train.distributed import process_group
+
+    sources = open_source(train), open_source(test)
+    with process_group(device) as world, progress_bar("extracting features") as progress:
+        result = evaluate(checkpoint, *sources, config, world.device, progress)
+    figures = ", ".join(f"{name} {share:.2%}" for name, share in result.accuracy.items())
+    say(
+        f"{result.protocol}: {figures} of {result.test_images} images right, {result.num_classes} classes, "
+        f"{result.train_images} labelled images.",
+        as_json=as_json,
+    )
+    if as_json:
+        show_json({"checkpoint": str(checkpoint), "train": str(train), "test": str(test), **asdict(result)})

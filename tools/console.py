@@ -1,0 +1,106 @@
+"""What the commands write to the terminal: errors, progress, tables and JSON."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
+from typer.core import TyperGroup
+
+from model.errors import ModelError
+from pipelines.errors import DataError
+from train.errors import ConfigError, TrainingError
+from train.metrics import StepReport
+
+USER_ERRORS = (ConfigError, DataError, ModelError, TrainingError)
+EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+
+Progressor = Callable[[int, int], None]  # done, total
+
+
+class Commands(TyperGroup):
+    """Turns an error that is meant for the user into its sentence and exit code 2, without a traceback."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except USER_ERRORS as error:
+            leave(str(error), EXIT_USER_ERROR)
+        except KeyboardInterrupt:
+            leave("Interrupted.", EXIT_INTERRUPTED)
+
+
+def leave(sentence: str, code: int) -> NoReturn:
+    """End the command with one line on standard error."""
+    print(" ".join(sentence.splitlines()), file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def show_json(result: dict[str, Any]) -> None:
+    """The machine-readable result: one line, the last on standard output."""
+    print(json.dumps(result))
+
+
+def say(text: str, *, as_json: bool = False) -> None:
+    """A line for people; on standard error where standard output belongs to the JSON."""
+    print(text, file=sys.stderr if as_json else sys.stdout)
+
+
+def show_table(title: str, rows: Sequence[Sequence[str]], *, as_json: bool = False) -> None:
+    """A title and `rows`, the first of them the header; the first column names the rows."""
+    console = Console(stderr=as_json)
+    console.print(title, markup=False, highlight=False)
+    table = Table()
+    header, *body = rows
+    for position, name in enumerate(header):
+        table.add_column(name, justify="right" if position else "left")
+    for row in body:
+        table.add_row(*row)
+    console.print(table)
+
+
+@contextmanager
+def progress_bar(description: str) -> Iterator[Progressor]:
+    """A bar on standard error while the block runs, if that is a terminal; gives the function to move it."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(description, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def training_progress() -> Iterator[Callable[[StepReport], None]]:
+    """Shows reports on standard error: a line that changes on a terminal, a line for each elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda report: print(describe_step(report), file=sys.stderr, flush=True)
+        return
+    # A column of its own making wraps on a narrow terminal; the default one would cut the line off.
+    columns = BarColumn(bar_width=16), TextColumn("{task.description}", table_column=Column())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("waiting for the first step", total=None)
+        yield lambda report: progress.update(
+            task, completed=report.step, total=report.total_steps, description=describe_step(report)
+        )
+
+
+def describe_step(report: StepReport) -> str:
+    """One line: progress, loss and its terms, speed, data wait, time left."""
+    left = timedelta(seconds=round(report.seconds_left))
+    return (
+        f"step {report.step}/{report.total_steps}  loss {report.loss:.4g} "
+        f"(invariance {report.invariance:.4g}, redundancy {report.redundancy:.4g})  "
+        f"{report.pairs_per_second:.0f} pairs/s  data wait {report.data_wait_share:.0%}  {left} left"
+    )

@@ -1,0 +1,149 @@
+"""An image folder becomes one FFCV dataset file, or nothing at all."""
+
+import os
+import platform
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from pipelines.errors import DataError
+from tools.convert.images import ImageFile, RgbImages, find_faults, list_images, printable
+from tools.convert.manifest import ConvertSettings, LeftOut, Manifest, manifest_path, save_manifest
+
+MAX_STORED_SIDE = 4096
+
+
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    max_side: int = 512,
+    quality: int = 90,
+    workers: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> Manifest:
+    """Convert an ImageFolder tree to `target` (a `.beton`) and the manifest beside it.
+
+    1. List the files in the order of torchvision's `ImageFolder`: class by class, then by path.
+    2. Decode every image once; those that cannot be decoded are left out, with the reason in the manifest.
+    3. Write the others through FFCV's writer under a temporary name: RGB, longer side at most `max_side`
+       pixels, JPEG of `quality`. Order, labels and each sample's bytes do not depend on `workers`.
+    4. Move dataset and manifest to their names, once they are on the disk.
+
+    `progress(done, total)` runs from 0 to twice the number of files: once for step 2, once for step 3.
+    Raises `DataError` for a source without usable images, a target that cannot be written, settings out of
+    range, and a worker process that dies. An existing target is replaced, but only by a complete one.
+    """
+    _check_settings(target, max_side, quality, workers)
+    # 1.
+    classes, files = list_images(source)
+    report = progress or (lambda done, total: None)
+    beton_part, manifest_part = (
+        path.with_name(f".{path.name}.{os.getpid()}.part") for path in (target, manifest_path(target))
+    )
+    try:
+        beton_part.touch()  # fails here rather than after the first pass
+        # 2.
+        faults = find_faults(files, max_side, workers, lambda done: report(done, 2 * len(files)))
+        usable = [file for file, fault in zip(files, faults, strict=True) if fault is None]
+        left_out = tuple(
+            LeftOut(file=printable(file.path.relative_to(source)), reason=fault)
+            for file, fault in zip(files, faults, strict=True)
+            if fault is not None
+        )
+        if not usable:
+            example = f" ({left_out[0].file}: {left_out[0].reason})" if left_out else ""
+            raise DataError(
+                f"The image folder {source} holds no usable image in its {len(classes)} classes{example}; "
+                "put at least one image into a sub-folder."
+            )
+        # 3.
+        from tools.convert.writer import write_beton
+
+        write_beton(
+            RgbImages(usable),
+            beton_part,
+            max_side=max_side,
+            quality=quality,
+            workers=min(workers, len(usable)),
+            progress=lambda done: report(len(files) + len(left_out) + done, 2 * len(files)),
+        )
+        manifest = _describe(
+            source, classes, usable, left_out, ConvertSettings(max_side=max_side, quality=quality)
+        )
+        save_manifest(manifest, manifest_part)
+        # 4.
+        for part, path in ((manifest_part, manifest_path(target)), (beton_part, target)):
+            _flush(part)
+            part.replace(path)
+        _flush(target.parent)
+    except OSError as error:
+        raise DataError(
+            f"The dataset cannot be written to {target}: {error.strerror}; "
+            "choose another target or free some space."
+        ) from error
+    finally:
+        beton_part.unlink(missing_ok=True)
+        manifest_part.unlink(missing_ok=True)
+    return manifest
+
+
+def _check_settings(target: Path, max_side: int, quality: int, workers: int) -> None:
+    """Raise `DataError` for a target that cannot be one and for numbers out of range."""
+    if target.suffix != ".beton":
+        raise DataError(
+            f"The target {target} must end in .beton; write {target.with_suffix('.beton')} instead."
+        )
+    if not target.parent.is_dir():
+        raise DataError(f"The target's folder {target.parent} does not exist; create it first.")
+    if target.is_dir():
+        raise DataError(f"The target {target} is a folder; choose another name.")
+    for name, value, low, high in (
+        ("max_side", max_side, 16, MAX_STORED_SIDE),
+        ("quality", quality, 1, 100),
+        ("workers", workers, 1, 256),
+    ):
+        if not low <= value <= high:
+            raise DataError(
+                f"{name} must be between {low} and {high}, not {value}; change it and convert again."
+            )
+
+
+def _describe(
+    source: Path,
+    classes: list[str],
+    usable: list[ImageFile],
+    left_out: tuple[LeftOut, ...],
+    settings: ConvertSettings,
+) -> Manifest:
+    counts = np.bincount([file.label for file in usable], minlength=len(classes)).tolist()
+    names = tuple(printable(name) for name in classes)
+    return Manifest(
+        source=printable(source.resolve()),
+        created=datetime.now(UTC),
+        classes=names,
+        images=len(usable),
+        images_per_class=dict(zip(names, counts, strict=True)),
+        settings=settings,
+        versions={
+            "fastbarlow": version("fastbarlow"),
+            "ffcv": version("ffcv"),
+            "pillow": version("pillow"),
+            "opencv": cv2.__version__,
+            "python": platform.python_version(),
+        },
+        left_out=left_out,
+    )
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

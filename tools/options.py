@@ -1,0 +1,27 @@
+"""Arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+ConfigPath = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A YAML recipe, such as those in configs/.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Settings that replace the recipe's, such as train.epochs=100 or data.loader=dali.",
+    ),
+]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute; auto takes the GPU if there is one.")
+]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print the result as one JSON object, the only line on standard output; the rest on error.",
+    ),
+]
