@@ -20,7 +20,7 @@ from tools.processes import run_processes
 
 SIDES = (72, 128)  # range of an image's width and height, in pixels
 SUPERSAMPLE = 2
-PERIODS = (11.0, 24.0)  # range of the pattern's period, in pixels
+PERIODS = (12.0, 20.0)  # range of the pattern's period, in pixels
 
 Field = np.ndarray  # float32, one value per drawn pixel
 Pattern = Callable[[Field, Field, np.random.Generator], Field]  # positive inside; u, v in periods
@@ -83,12 +83,12 @@ def draw_jpeg(pattern: str, rng: np.random.Generator) -> bytes:
     y, x = np.mgrid[: fine[0], : fine[1]].astype(np.float32) / SUPERSAMPLE
     period, angle = (
         math.exp(rng.uniform(math.log(PERIODS[0]), math.log(PERIODS[1]))),
-        rng.uniform(0, 2 * math.pi),
+        rng.uniform(-0.4, 0.4),
     )
     cos, sin = math.cos(angle) / period, math.sin(angle) / period
     warped_x, warped_y = x + 3 * _smooth_field(rng, fine, 3), y + 3 * _smooth_field(rng, fine, 3)
     u = cos * warped_x + sin * warped_y + rng.uniform(0, 1)
-    v = (cos * warped_y - sin * warped_x) * rng.uniform(0.8, 1.25) + rng.uniform(0, 1)
+    v = (cos * warped_y - sin * warped_x) * rng.uniform(0.9, 1.1) + rng.uniform(0, 1)
     centre_x, centre_y = rng.uniform(0.35, 0.65) * width, rng.uniform(0.35, 0.65) * height
     radius = np.hypot((x - centre_x) / width, (y - centre_y) / height) + 0.08 * _smooth_field(rng, fine, 4)
     inside = (PATTERNS[pattern](u, v, rng) > 0) & (radius < rng.uniform(0.42, 0.62))
@@ -97,12 +97,12 @@ def draw_jpeg(pattern: str, rng: np.random.Generator) -> bytes:
     ]
     # 2.
     size = (height, width)
-    middle, gap = rng.uniform(0.4, 0.6), rng.uniform(0.22, 0.5) * (-1) ** int(rng.integers(2))
+    middle, gap = rng.uniform(0.4, 0.6), rng.uniform(0.35, 0.6) * (-1) ** int(rng.integers(2))
     ground_HWC, figure_HWC = _colours(rng, size, middle - gap / 2), _colours(rng, size, middle + gap / 2)
     image_HWC = ground_HWC + cover_HW1 * (figure_HWC - ground_HWC)
     # 3.
     y, x = np.mgrid[:height, :width].astype(np.float32)
-    for _ in range(rng.integers(1, 5)):
+    for _ in range(rng.integers(0, 3)):
         from_x, from_y, turn = x - rng.uniform(0, width), y - rng.uniform(0, height), rng.uniform(0, math.pi)
         along = math.cos(turn) * from_x + math.sin(turn) * from_y
         across = math.cos(turn) * from_y - math.sin(turn) * from_x
@@ -111,7 +111,7 @@ def draw_jpeg(pattern: str, rng: np.random.Generator) -> bytes:
         )
     # 4.
     image_HWC *= 1 + 0.25 * _smooth_field(rng, size, 2)[..., None]
-    image_HWC += rng.uniform(0.01, 0.06) * rng.standard_normal(image_HWC.shape, dtype=np.float32)
+    image_HWC += rng.uniform(0.01, 0.03) * rng.standard_normal(image_HWC.shape, dtype=np.float32)
     buffer = io.BytesIO()
     Image.fromarray((image_HWC.clip(0, 1) * 255).round().astype(np.uint8)).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
@@ -125,7 +125,7 @@ def _smooth_field(rng: np.random.Generator, size: tuple[int, int], knots: int) -
 
 def _colours(rng: np.random.Generator, size: tuple[int, int], lightness: float) -> np.ndarray:
     """Float32 RGB (height, width, 3) of a mean lightness, with drifting hue and a fine texture."""
-    tint_HWC = np.stack([rng.normal(0, 0.18) + 0.15 * _smooth_field(rng, size, 3) for _ in range(3)], axis=-1)
+    tint_HWC = np.stack([rng.normal(0, 0.06) + 0.06 * _smooth_field(rng, size, 3) for _ in range(3)], axis=-1)
     tint_HWC -= tint_HWC.mean(axis=-1, keepdims=True)
     grain = _smooth_field(rng, size, int(rng.integers(6, 24)))
     return lightness + tint_HWC + 0.1 * grain[..., None]
