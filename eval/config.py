@@ -28,7 +28,7 @@ class KnnConfig(Section):
     """Weighted k-nearest-neighbour classifier (Wu et al. 2018, section 3.4)."""
 
     k: Annotated[int, Field(ge=1)] = 200
-    temperature: Annotated[float, Field(gt=0)] = 0.1
+    temperature: Annotated[float, Field(gt=0)] = 0.07
 
 
 class LinearConfig(Section):
@@ -38,7 +38,7 @@ class LinearConfig(Section):
     batch_size: Annotated[int, Field(ge=1)] = 256
     lr: Annotated[float, Field(gt=0)] = 0.3
     weight_decay: Annotated[float, Field(ge=0)] = 1e-6
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
 
 
 class EvalConfig(Section):

@@ -3,7 +3,8 @@
 Shape legend: N samples, C colours (3), H and W pixels, F feature width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,8 @@ def extract_features(
     normalised. `backbone` is moved to `device` and put into evaluation mode. On CUDA it runs under bfloat16
     autocast (float16 where the GPU has no bfloat16), elsewhere in float32.
 
-    Raises `DataError` where an image cannot be read, `ModelError` where a feature is not finite.
+    Raises `DataError` where an image cannot be read or a worker process dies, `ModelError` where a feature is
+    not finite.
     """
     device = torch.device(device)
     backbone.to(device, memory_format=torch.channels_last).eval()
@@ -48,19 +50,20 @@ def extract_features(
     mean_C11, std_C11 = (torch.tensor(values, device=device).view(-1, 1, 1) for values in normalisation)
     features_NF: Tensor | None = None
     done = 0
-    for crops_NCHW in loader:
-        if isinstance(crops_NCHW, DataError):
-            raise crops_NCHW
-        with torch.inference_mode(), _autocast(device):
-            images_NCHW = crops_NCHW.to(device, non_blocking=True).float().div_(255)
-            images_NCHW = images_NCHW.sub_(mean_C11).div_(std_C11)
-            batch_NF = backbone(images_NCHW.contiguous(memory_format=torch.channels_last))
-        if features_NF is None:  # allocated once: joining a list would need twice the memory
-            features_NF = torch.empty(len(source), batch_NF.shape[1])
-        features_NF[done : done + len(batch_NF)] = batch_NF
-        done += len(batch_NF)
-        if progress is not None:
-            progress(done, len(source))
+    with _dead_worker_explained():
+        for crops_NCHW in loader:
+            if isinstance(crops_NCHW, DataError):
+                raise crops_NCHW
+            with torch.inference_mode(), _autocast(device):
+                images_NCHW = crops_NCHW.to(device, non_blocking=True).float().div_(255)
+                images_NCHW = images_NCHW.sub_(mean_C11).div_(std_C11)
+                batch_NF = backbone(images_NCHW.contiguous(memory_format=torch.channels_last))
+            if features_NF is None:  # allocated once: joining a list would need twice the memory
+                features_NF = torch.empty(len(source), batch_NF.shape[1])
+            features_NF[done : done + len(batch_NF)] = batch_NF
+            done += len(batch_NF)
+            if progress is not None:
+                progress(done, len(source))
     if features_NF is None:
         raise DataError(f"There are no images in {source.path}; check the path.")
     if not features_NF.isfinite().all():
@@ -97,6 +100,20 @@ class _CentreCrops(Dataset):
 def _stack(crops: list[Tensor | DataError]) -> Tensor | DataError:
     """(N, C, H, W), or the first error."""
     return next((crop for crop in crops if isinstance(crop, DataError)), None) or torch.stack(crops)
+
+
+@contextmanager
+def _dead_worker_explained() -> Iterator[None]:
+    """torch raises the death of a worker as a bare `RuntimeError`, wherever the main process just is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise DataError(
+            "A worker process that decodes the images ended unexpectedly, probably for lack of (shared) "
+            f"memory; lower eval.features.workers or eval.features.batch_size ({error})."
+        ) from error
 
 
 def _autocast(device: torch.device) -> torch.autocast:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 class Section(BaseModel):
     """A frozen group of settings in which an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class LossConfig(Section):
@@ -31,6 +31,11 @@ class ModelConfig(Section):
     zero_init_residual: bool = True
     projector: str = Field("8192-8192-8192", description="Widths of the projector's layers.")
     loss: LossConfig = LossConfig()
+
+    @field_validator("projector", mode="before")
+    @classmethod
+    def _single_width_may_be_a_number(cls, projector: object) -> object:
+        return str(projector) if type(projector) is int else projector
 
     @field_validator("projector")
     @classmethod

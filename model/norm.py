@@ -1,7 +1,8 @@
 """Batch normalisation with statistics over the batches of all ranks.
 
-On CUDA this is torch's own `SyncBatchNorm`, which runs nowhere else; `GlobalBatchNorm` is the plain
-definition in differentiable torch operations for CPU ranks (gloo).
+On CUDA this is torch's own `SyncBatchNorm`, which runs nowhere else, and whose forward pass makes the host
+wait for the device: it leaves out ranks without samples. `GlobalBatchNorm` is the plain definition in
+differentiable torch operations for CPU ranks (gloo).
 """
 
 import torch

@@ -11,6 +11,7 @@ is left out.
 """
 
 import json
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -45,6 +46,7 @@ class BackboneWeights:
     small_stem: bool
     normalisation: Normalisation
     state: dict[str, Tensor]
+    eval_settings: dict[str, Any] | None = None  # the run's own; exported files have none
 
     @property
     def architecture(self) -> str:
@@ -79,12 +81,31 @@ def read_weights(path: Path) -> BackboneWeights:
     return _from_state_dict(content, normalisation, path)
 
 
+def load_intact(path: Path, map_location: torch.device | str = "cpu") -> Any:
+    """What `torch.save` wrote to `path`, its checksums compared, which `torch.load` itself does not.
+
+    Files of before torch 1.6 have none. Raises `OSError` where the file cannot be read, and `ValueError`
+    where it is damaged, of another kind, or would run code.
+    """
+    with path.open("rb") as file:
+        is_archive = file.read(4) == b"PK\x03\x04"
+    try:
+        if is_archive:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f"{damaged} does not have its checksum")
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # damaged bytes make the reader fail in a dozen different ways
+        raise ValueError(f"{path}: {error}") from error
+
+
 def _read_pickle(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_intact(path)
     except OSError as error:
         raise _unreadable(path, error) from error
-    except Exception as error:  # damaged bytes make the unpickler fail in a dozen different ways
+    except ValueError as error:
         raise _damaged(path) from error
 
 
@@ -112,6 +133,7 @@ def _from_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> BackboneWeigh
         model, augment = checkpoint["config"]["model"], checkpoint["config"]["data"]["augment"]
         name, small_stem = model["backbone"], model["small_stem"]
         normalisation = Normalisation(tuple(augment["mean"]), tuple(augment["std"]))
+        eval_settings = checkpoint["config"].get("eval")
         shapes = _shapes_of(name, small_stem)
         prefix = "backbone."
         state = {k.removeprefix(prefix): v for k, v in checkpoint["model"].items() if k.startswith(prefix)}
@@ -120,7 +142,8 @@ def _from_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> BackboneWeigh
             f"{path} is not a checkpoint of fastbarlow: its config names no known backbone; "
             f"pass the run's checkpoint.pt or an exported file."
         ) from error
-    weights = BackboneWeights(name, small_stem, normalisation, _with_counters(state, shapes))
+    state = _with_counters(state, shapes)
+    weights = BackboneWeights(name, small_stem, normalisation, state, eval_settings)
     differences = _differences(weights.state, shapes)
     if differences:
         raise ModelError(

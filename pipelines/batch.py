@@ -3,8 +3,9 @@
 Shape legend: V views (2), N samples of this rank's batch, S image size in pixels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,11 +32,26 @@ class ViewParams:
     blur_VN: Tensor  # float32: sigma in pixels, 0 for no blur
     solarize_VN: Tensor  # bool
 
-    def to(self, device: torch.device | str) -> "ViewParams":
-        """The same numbers on `device`; the copy does not wait for the host."""
-        return ViewParams(
-            **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
-        )
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "ViewParams":
+        """The same numbers on `device`, as `Tensor.to` copies them."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "ViewParams":
+        """The same numbers in pinned memory. torch's `DataLoader` calls a method of this name."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "ViewParams":
+        return ViewParams(**{f.name: change(getattr(self, f.name)) for f in fields(self)})
+
+
+Sent = TypeVar("Sent", Tensor, ViewParams)
+
+
+def to_device(data: Sent, device: torch.device) -> Sent:
+    """CPU tensors on `device`; to a GPU through pinned memory, so that the host does not wait for it."""
+    if device.type != "cuda":
+        return data.to(device)
+    return data.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

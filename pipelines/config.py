@@ -12,7 +12,7 @@ Strength = Annotated[float, Field(ge=0, le=1)]
 class Section(BaseModel):
     """A frozen group of settings in which an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ViewConfig(Section):

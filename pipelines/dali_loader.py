@@ -5,13 +5,14 @@ Shape legend: V views (2), N samples.
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from typing import Literal
 
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
 
-from pipelines.batch import NUM_VIEWS, Batch, ViewParams
+from pipelines.batch import NUM_VIEWS, Batch, ViewParams, to_device
 from pipelines.errors import DataError
 from pipelines.loaders import EpochLoader, LoaderJob
 from pipelines.source import Source, open_source, read_image
@@ -77,29 +78,35 @@ class DaliLoader(EpochLoader):
         self._pipeline = None
 
     def _load(self, epoch: int, batches: Iterator[np.ndarray]) -> Generator[Batch, None, None]:
-        job, feed = self._job, self._feed
+        job, feed, remaining = self._job, self._feed, list(batches)
+        if not remaining:
+            return
         # An epoch that does not reach its end leaves batches in the pipeline, or the pipeline broken: such a
         # pipeline is not used again.
         pipeline, self._pipeline = self._pipeline or self._build(), None
-        stream = torch.cuda.current_stream(job.device) if job.device.type == "cuda" else None
         feed.start(
-            (indices_N, job.draw(epoch, indices_N, *self._source.sizes(indices_N))) for indices_N in batches
+            (indices_N, job.draw(epoch, indices_N, *self._source.sizes(indices_N))) for indices_N in remaining
         )
-        while True:
+        for step in range(len(remaining)):
+            stream = torch.cuda.current_stream(job.device) if job.device.type == "cuda" else None
             try:
                 outputs = pipeline.run(stream)
-            except StopIteration:
-                break
             except RuntimeError as error:
                 raise self._explain(error) from error
             indices_N, params = feed.in_flight.popleft()
             # Stacking copies, on the same stream, so that DALI's buffers are free again after it.
             views_VNHWC = torch.stack([torch.from_dlpack(output.as_tensor()) for output in outputs])
-            labels_N, indices_N = (
-                torch.from_numpy(array).to(job.device, non_blocking=True)
-                for array in (self._source.labels_N[indices_N], indices_N)
-            )
-            yield Batch(views_VNHWC, params.to(job.device), labels_N, indices_N)
+            labels_N = torch.from_numpy(self._source.labels_N[indices_N])
+            sent = (to_device(data, job.device) for data in (params, labels_N, torch.from_numpy(indices_N)))
+            batch = Batch(views_VNHWC, *sent)
+            if step == len(remaining) - 1:  # nobody need ask for more than the last batch
+                self._finish(pipeline)
+            yield batch
+
+    def _finish(self, pipeline: Pipeline) -> None:
+        """Keep a pipeline that has given all batches of its epoch for the next one."""
+        with suppress(StopIteration):
+            pipeline.run()  # DALI must see the end of an epoch before it can be reset
         pipeline.reset()
         self._pipeline = pipeline
 

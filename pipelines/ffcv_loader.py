@@ -24,7 +24,7 @@ from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.state import State
 
-from pipelines.batch import Batch, ViewParams
+from pipelines.batch import Batch, ViewParams, to_device
 from pipelines.errors import DataError
 from pipelines.loaders import EpochLoader, LoaderJob
 from pipelines.source import BetonSource, open_source, read_image
@@ -165,6 +165,8 @@ class _EpochThread(EpochIterator):
         self.terminate_event.set()
         if threading.current_thread() is not self:
             self.join()
+        if self._stream is not None:
+            self._stream.synchronize()  # it may still copy out of the memory that goes with this thread
         super().close()
 
     def __del__(self) -> None:
@@ -208,7 +210,8 @@ class _EpochThread(EpochIterator):
             views_VNHWC = torch.empty((2, *view_a.shape), dtype=torch.uint8, device=device)
             for view, pixels in zip(views_VNHWC, (view_a, view_b), strict=True):
                 view.copy_(torch.from_numpy(pixels), non_blocking=True)  # from pinned memory
-            batch = Batch(views_VNHWC, params.to(device), labels_N.to(device), indices_N.to(device))
+            sent = (to_device(data, device) for data in (params, labels_N, indices_N))
+            batch = Batch(views_VNHWC, *sent)
             self._copied[slot] = torch.cuda.Event()
             self._copied[slot].record()
         return batch, self._copied[slot]

@@ -54,7 +54,7 @@ class FolderLoader(EpochLoader):
             views_VNHWC, params, labels_N, indices_N = loaded
             yield Batch(
                 views_VNHWC.to(device, non_blocking=True),
-                params.to(device),
+                params.to(device, non_blocking=True),
                 labels_N.to(device, non_blocking=True),
                 indices_N.to(device, non_blocking=True),
             )

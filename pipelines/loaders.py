@@ -13,6 +13,7 @@ from pipelines.config import DataConfig
 from pipelines.draw import draw_views
 from pipelines.errors import DataError
 from pipelines.order import epoch_permutation, rank_slice, steps_per_epoch
+from pipelines.threads import keep_torch_threads
 
 # Classes constructed from a `LoaderJob`; their modules, and the heavy libraries with them, load on demand.
 LOADERS = {
@@ -41,16 +42,14 @@ def build_loader(
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())  # threads start with another one
     job = LoaderJob(config, seed, batch_size, rank, world_size, device)
-    torch_threads = torch.get_num_threads()
     try:
-        return resolve_name(LOADERS[config.loader])(job)
+        with keep_torch_threads():
+            return resolve_name(LOADERS[config.loader])(job)
     except ModuleNotFoundError as error:
         raise DataError(
             f"The loader '{config.loader}' needs the Python package '{error.name}'; "
             "install it or choose another data.loader."
         ) from error
-    finally:
-        torch.set_num_threads(torch_threads)  # FFCV sets it to its own number of threads
 
 
 @dataclass(frozen=True)

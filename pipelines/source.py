@@ -12,7 +12,7 @@ the file's size before a loader touches it.
 import json
 from io import BytesIO
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -70,22 +70,39 @@ class Source(Protocol):
 def open_source(path: Path) -> Source:
     """The source at `path`: a .beton file or a folder with one sub-folder per class.
 
-    Raises `DataError` where `path` is missing or neither of the two, or where the file is damaged.
+    Raises `DataError` where `path` is missing, unreadable or neither of the two, or the file is damaged.
     """
     path = Path(path)
-    if path.is_dir():
-        return FolderSource(path)
-    if not path.exists():
-        raise DataError(f"There is no dataset at {path}; check data.path.")
-    if path.suffix != ".beton":
-        raise DataError(f"{path} is neither a folder nor a .beton file; set data.path to one of these.")
-    return BetonSource(path)
+    try:
+        if path.is_dir():
+            return FolderSource(path)
+        if not path.exists():
+            raise DataError(f"There is no dataset at {path}; check data.path.")
+        if path.suffix != ".beton":
+            raise DataError(f"{path} is neither a folder nor a .beton file; set data.path to one of these.")
+        return BetonSource(path)
+    except OSError as error:
+        raise DataError(
+            f"The dataset {path} cannot be read ({error.strerror}); check data.path and its permissions."
+        ) from error
+
+
+def decode_rgb(file: Path | BinaryIO) -> Image.Image:
+    """The RGB image in a file of any mode. Raises what Pillow raises, and `ValueError` for 32-bit pixels."""
+    with Image.open(file) as image:
+        if image.mode.startswith("I;16"):
+            # Pillow would clip 16-bit values at 255 instead of scaling them.
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise ValueError(f"mode {image.mode}: 32-bit pixels have no fixed range")
+        return image.convert("RGB")
 
 
 def read_image(source: Source, index: int) -> Image.Image:
     """The decoded RGB image. Raises `DataError` that names the sample where it cannot be decoded."""
+    encoded = source.encoded(index)
     try:
-        return Image.open(BytesIO(source.encoded(index))).convert("RGB")
+        return decode_rgb(BytesIO(encoded))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise _unreadable(source.name(index), error) from error
 
@@ -126,7 +143,10 @@ class FolderSource:
         return heights_N, widths_N
 
     def encoded(self, index: int) -> np.ndarray:
-        return np.fromfile(self._files[index], dtype=np.uint8)
+        try:
+            return np.fromfile(self._files[index], dtype=np.uint8)
+        except OSError as error:
+            raise _unreadable(self.name(index), error) from error
 
     def name(self, index: int) -> str:
         return self._files[index]
@@ -185,6 +205,7 @@ class BetonSource:
         self._start_N = images["data_ptr"].astype(np.int64)
         self._end_N = self._start_N + table["size"].astype(np.int64)
         is_inside = self._start_N.min() >= data_start and self._end_N.max() <= table_start
+        is_inside &= (self._end_N > self._start_N).all()  # not where a size of 2^63 or more wraps around
         if (table["ptr"] != images["data_ptr"]).any() or not is_inside:
             raise self._cut_short()
         self._heights_N = images["height"].astype(np.int32)
@@ -227,11 +248,17 @@ class BetonSource:
         if not manifest.exists():
             return [str(label) for label in range(num_classes)]
         try:
-            classes = json.loads(manifest.read_text(encoding="utf-8"))["classes"]
+            content = json.loads(manifest.read_text(encoding="utf-8"))
+            classes, images = content["classes"], content.get("images", len(self))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{manifest} is not a manifest with a list 'classes'; convert again or remove it."
             ) from error
+        if images != len(self):
+            raise DataError(
+                f"{manifest} belongs to another dataset than {self.path} ({images} images, not {len(self)}); "
+                "convert the images again."
+            )
         if not isinstance(classes, list) or len(classes) < num_classes:
             raise DataError(
                 f"{manifest} names too few classes for the labels in {self.path} ({num_classes} needed); "
@@ -241,5 +268,8 @@ class BetonSource:
 
 
 def _unreadable(name: str, error: Exception) -> DataError:
-    reason = "no known image format" if isinstance(error, UnidentifiedImageError) else str(error)
+    if isinstance(error, UnidentifiedImageError):
+        reason = "no known image format"
+    else:
+        reason = getattr(error, "strerror", None) or str(error)
     return DataError(f"The image {name} cannot be read ({reason}); remove it or convert the images again.")

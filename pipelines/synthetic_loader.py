@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator
 import numpy as np
 import torch
 
-from pipelines.batch import NUM_VIEWS, Batch
+from pipelines.batch import NUM_VIEWS, Batch, to_device
 from pipelines.loaders import EpochLoader, LoaderJob
 
 NUM_SAMPLES = 1_281_167
@@ -32,6 +32,6 @@ class SyntheticLoader(EpochLoader):
         job = self._job
         heights_N, widths_N = np.full(job.batch_per_rank, HEIGHT), np.full(job.batch_per_rank, WIDTH)
         for indices_N in batches:
-            params = job.draw(epoch, indices_N, heights_N, widths_N).to(job.device)
-            indices_N = torch.from_numpy(indices_N).to(job.device, non_blocking=True)
+            params = to_device(job.draw(epoch, indices_N, heights_N, widths_N), job.device)
+            indices_N = to_device(torch.from_numpy(indices_N), job.device)
             yield Batch(self._views_VNHWC, params, indices_N % NUM_CLASSES, indices_N)

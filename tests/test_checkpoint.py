@@ -1,6 +1,8 @@
 """A checkpoint is whole or absent, and an unfit one is refused in one sentence."""
 
 import errno
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,32 @@ def test_failure_while_writing_leaves_the_old_checkpoint(
         with pytest.raises(TrainingError, match="No space left on device"):
             save_checkpoint(state(2), path)
     assert load_checkpoint(path)["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_folder_that_cannot_be_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(TrainingError, match="Not a directory"):
+        save_checkpoint(state(1), tmp_path / "file" / "checkpoint.pt")
+
+
+def test_failure_of_the_last_flush_leaves_the_new_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(state(1), path)
+    fsync = os.fsync
+
+    def fail_for_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", fail_for_folders)
+        with pytest.raises(TrainingError, match="Input/output error"):
+            save_checkpoint(state(2), path)
+    assert load_checkpoint(path)["step"] == 2
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 

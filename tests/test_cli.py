@@ -6,16 +6,23 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+import typer
 import yaml
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
+from eval.config import EvalConfig
 from tools import console
 from tools.cli import app
+from tools.cli_eval import eval_app
 from tools.console import describe_step
+from train.config import RunConfig
+from train.loop import RunResult
 from train.metrics import StepReport, read_metrics
 
 COMMANDS = [
@@ -53,7 +60,7 @@ RECIPE = {
 }
 
 
-def call(*arguments: object):
+def call(*arguments: object) -> Result:
     """Run a command in this process."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
@@ -80,16 +87,15 @@ def refuse(*arguments: object) -> str:
     return sentence
 
 
-def in_a_process(*arguments: object, **options: object) -> subprocess.Popen:
-    """Start the command as users do."""
+def in_a_process(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+    """Start the command as users do, by itself or by the module and options of a launcher."""
     return subprocess.Popen(
-        [sys.executable, "-m", "tools.cli", *map(str, arguments)],
+        [sys.executable, *launcher, "-m", "tools.cli", *map(str, arguments)],
         cwd=Path(__file__).resolve().parents[1],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **options,
     )
 
 
@@ -111,6 +117,15 @@ def root(tmp_path_factory: pytest.TempPathFactory, write_images: Callable[..., N
 def demo_result(root: Path) -> dict:
     """The demo on the images of `root`, which it takes for its own."""
     return measure("demo", "--out", root, "--config", root / "tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def failing_demo(root: Path, demo_result: dict) -> Result:
+    """The same demo again, now as the shipped one and with a gain that no accuracy can have."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tools.cli.DEMO_CONFIG", root / "tiny.yaml")
+        patch.setattr("tools.cli.REQUIRED_GAIN_POINTS", 101)
+        return call("demo", "--out", root, "--config", root / "tiny.yaml", "--json")
 
 
 @pytest.fixture(scope="module")
@@ -149,9 +164,19 @@ def test_demo_does_the_main_job_and_reports_it(root: Path, demo_result: dict) ->
     assert [record["step"] for record in read_metrics(root / "run")] == [1, 2]
 
 
-def test_demo_is_made_anew_on_the_same_images(root: Path, demo_result: dict) -> None:
-    again = measure("demo", "--out", root, "--config", root / "tiny.yaml")
+def test_demo_is_made_anew_on_the_same_images(demo_result: dict, failing_demo: Result) -> None:
+    again = json.loads(failing_demo.stdout.splitlines()[-1])
     assert again["accuracies"] == demo_result["accuracies"]
+
+
+def test_demo_that_learns_too_little_says_so_and_fails(
+    root: Path, demo_result: dict, failing_demo: Result
+) -> None:
+    sentence = "This recipe must gain at least 101 points"
+    assert failing_demo.exit_code == 1
+    assert failing_demo.stderr.splitlines()[-1].startswith(f"{sentence}, but gained ")
+    assert sentence in (root / "report.html").read_text()
+    assert demo_result["shortfall"] is None  # another recipe promises nothing
 
 
 def test_evaluations_of_the_demo_can_be_repeated_by_hand(root: Path, demo_result: dict) -> None:
@@ -162,7 +187,7 @@ def test_evaluations_of_the_demo_can_be_repeated_by_hand(root: Path, demo_result
             assert (result["train_images"], result["test_images"], result["num_classes"]) == (18, 9, 3)
 
 
-def test_options_replace_the_settings_beside_the_checkpoint(root: Path, checkpoint: Path) -> None:
+def test_options_replace_the_settings_in_the_checkpoint(root: Path, checkpoint: Path) -> None:
     images = root / "images"
     result = measure("eval", "knn", checkpoint, images / "train", images / "val", "--k", 5, "--resize", 40)
     assert result["settings"]["knn"]["k"] == 5
@@ -186,6 +211,13 @@ def test_convert_counts_what_it_left_out(root: Path, tmp_path: Path) -> None:
     assert "Left out as unreadable: 1;" in succeed("convert", images, tmp_path / "set.beton")
 
 
+def test_profile_into_a_bad_folder_is_refused_before_measuring(root: Path) -> None:
+    result = call("profile", root / "tiny.yaml", "--out", root / "tiny.yaml" / "profile")
+    assert result.exit_code == 2
+    (sentence,) = result.stderr.splitlines()  # no "measuring ..."
+    assert str(root / "tiny.yaml" / "profile") in sentence
+
+
 def test_profile_writes_its_files_and_prints_json(root: Path, tmp_path: Path) -> None:
     result = measure("profile", root / "tiny.yaml", "--steps", 1, "--out", tmp_path)
     assert sum(result["shares"].values()) == pytest.approx(1)
@@ -207,9 +239,41 @@ def test_exported_backbone_evaluates_like_its_checkpoint(
 ) -> None:
     exported = tmp_path / "backbone.safetensors"
     assert "resnet18" in succeed("export", checkpoint, exported)
-    shutil.copy(root / "run" / "config.yaml", tmp_path)
-    result = measure("eval", "knn", exported, root / "train.beton", root / "val.beton")
+    options = ["--image-size", 32, "--resize", 32, "--batch-size", 8, "--workers", 0, "--k", 3]
+    result = measure("eval", "knn", exported, root / "train.beton", root / "val.beton", *options)
     assert result["accuracy"]["top1"] == demo_result["accuracies"]["trained network"]["kNN"]
+
+
+def test_settings_come_from_the_weights_and_not_from_a_file_beside_them(
+    root: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    data = root / "train.beton", root / "val.beton"
+    moved, exported = tmp_path / "moved.pt", tmp_path / "backbone.pth"
+    shutil.copy(checkpoint, moved)
+    succeed("export", checkpoint, exported)
+    (tmp_path / "config.yaml").write_text("of another run")
+    assert measure("eval", "knn", moved, *data)["settings"]["features"] == RECIPE["eval"]["features"]
+    built_in = EvalConfig().features.model_dump() | {"workers": 0}
+    result = measure("eval", "knn", exported, *data, "--k", 3, "--workers", 0)
+    assert result["settings"]["features"] == built_in
+    assert "short side 40 px, centre crop 32 px." in succeed("eval", "knn", moved, *data, "--resize", 40)
+
+
+def test_eval_help_names_the_built_in_defaults() -> None:
+    defaults = EvalConfig()
+    for protocol, settings in (("knn", defaults.knn), ("linear", defaults.linear)):
+        command = typer.main.get_command(eval_app).commands[protocol]
+        helps = {parameter.name: getattr(parameter, "help", "") for parameter in command.params}
+        for name, value in (settings.model_dump() | defaults.features.model_dump()).items():
+            assert helps[name].endswith(f"; default: the run's own, or {value}."), name
+
+
+def test_unreadable_eval_settings_get_one_sentence(root: Path, checkpoint: Path, tmp_path: Path) -> None:
+    state = torch.load(checkpoint, weights_only=True)
+    state["config"]["eval"]["knn"]["of_another_version"] = 1
+    torch.save(state, tmp_path / "other.pt")
+    sentence = refuse("eval", "knn", tmp_path / "other.pt", root / "train.beton", root / "val.beton")
+    assert "eval.knn.of_another_version" in sentence and "export" in sentence
 
 
 def test_bad_folders_get_one_sentence(tmp_path: Path) -> None:
@@ -279,6 +343,7 @@ def test_bad_checkpoints_get_one_sentence(
     cut = tmp_path / "cut.pt"
     cut.write_bytes(checkpoint.read_bytes()[:5000])
     assert str(cut) in refuse(*command, cut, *data)
+    assert "Cannot read the weights .:" in refuse(*command, ".", *data)
 
 
 def test_export_of_a_missing_checkpoint_gets_one_sentence(tmp_path: Path) -> None:
@@ -331,6 +396,43 @@ def test_mistake_of_several_processes_is_told_once(root: Path, tmp_path: Path) -
     assert process.returncode == 2, errors
     assert len(errors.splitlines()) == 1 and "multiple of 2" in errors
     assert output == ""
+
+
+def test_torchrun_trains_and_only_rank_0_speaks(root: Path, tmp_path: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    process = in_a_process(
+        "pretrain", root / "tiny.yaml", f"run_dir={tmp_path / 'run'}", "--json", launcher=torchrun
+    )
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    (result,) = output.splitlines()
+    assert json.loads(result)["step"] == 2
+    assert [line.split("  ")[0] for line in errors.splitlines() if line.startswith("step ")] == [
+        "step 1/2",
+        "step 2/2",
+    ]
+
+
+@pytest.mark.parametrize(("rank", "shown"), [("0", True), ("1", False)])
+def test_progress_is_shown_by_rank_0_only(
+    root: Path, monkeypatch: pytest.MonkeyPatch, rank: str, shown: bool
+) -> None:
+    def pretrain(config: RunConfig, on_step: Callable[[StepReport], None] | None) -> RunResult:
+        assert (on_step is not None) == shown
+        return RunResult(config.run_dir / "checkpoint.pt", 2, 2, None)
+
+    opened: list[str] = []
+
+    @contextmanager
+    def training_progress() -> Iterator[Callable[[StepReport], None]]:
+        opened.append(rank)
+        yield lambda report: None
+
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("train.loop.pretrain", pretrain)
+    monkeypatch.setattr("tools.cli.training_progress", training_progress)
+    assert bool(succeed("pretrain", root / "tiny.yaml")) == shown
+    assert bool(opened) == shown
 
 
 def test_progress_line_tells_speed_loss_and_time_left() -> None:

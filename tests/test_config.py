@@ -93,7 +93,14 @@ def test_key_like_no_other_lists_what_its_section_knows(recipe: Path) -> None:
         ("train.precision=fp8", ["train.precision", "'fp32', 'bf16' or 'fp16'", "'fp8'"]),
         ("model=3", ["model", "backbone, small_stem"]),
         ("model.projector=8192x3", ["model.projector", "8192-8192-8192"]),
-        ("data.augment.mean=[0.5]", ["data.augment.mean"]),
+        ("data.augment.mean=[0.5]", ["data.augment.mean needs more numbers than [0.5]"]),
+        ("train.optim.lr_weights=yes", ["train.optim.lr_weights", "should not be yes or no", "True"]),
+        ("train.epochs=true", ["train.epochs", "should not be yes or no"]),
+        ("data.augment.view_a.crop_scale=[no, 1]", ["crop_scale", "should not be yes or no"]),
+        ("train.optim.lr_weights=.nan", ["train.optim.lr_weights", "finite"]),
+        ("data.augment.std=[.inf, 1, 1]", ["data.augment.std.0", "finite"]),
+        ("eval.linear.seed=-1", ["eval.linear.seed", "greater than or equal to 0"]),
+        ("run_dir=", ["run_dir", "None"]),
         ("data.augment.view_a={crop_scale: [0.5, 0.1]}", ["data.augment.view_a", "ascending"]),
         ("train.optim={lr_weights: -1}", ["train.optim.lr_weights", "greater than 0"]),
     ],
@@ -102,7 +109,7 @@ def test_wrong_value_of_an_override_says_what_is_allowed(
     recipe: Path, override: str, words: list[str]
 ) -> None:
     message = sentence(recipe, (override,))
-    assert message.startswith("override: ")
+    assert message.startswith("override: ") and message.endswith(".")
     for word in words:
         assert word in message
 
@@ -111,6 +118,29 @@ def test_wrong_value_in_the_file_names_the_file(recipe: Path) -> None:
     recipe.write_text(MINIMAL + "train:\n  batch_size: 1\n")
     message = sentence(recipe, ("train.epochs=20",))
     assert message.startswith(f"{recipe}: train.batch_size") and "greater than or equal to 2" in message
+
+
+def test_booleans_in_the_file_are_no_numbers(recipe: Path) -> None:
+    recipe.write_text(MINIMAL + "train:\n  checkpoint: {resume: no}\n  epochs: on\n")
+    assert sentence(recipe) == f"{recipe}: train.epochs: Input should not be yes or no, but it is True."
+
+
+def test_text_that_yaml_takes_for_something_else_stays_text(recipe: Path) -> None:
+    for text in ("2024", "2024-05-01", "2024-13-45", "yes", "a: b"):
+        assert load_config(recipe, [f"run_dir={text}", f"data.path={text}"]).run_dir == Path(text)
+    for quoted in ("'a: b'", '"a: b"'):
+        assert load_config(recipe, [f"run_dir={quoted}"]).run_dir == Path("a: b")
+    assert load_config(recipe, ["model.projector=8192"]).model.projector_widths == [8192]
+    recipe.write_text(MINIMAL + "model: {projector: 512}\n")
+    assert load_config(recipe).model.projector_widths == [512]
+
+
+def test_key_that_comes_twice_is_refused(recipe: Path) -> None:
+    recipe.write_text(MINIMAL + "train:\n  epochs: 20\n  epochs: 30\n")
+    message = sentence(recipe)
+    assert str(recipe) in message and "'epochs' comes twice at line 6, column 3" in message
+    recipe.write_text(MINIMAL)
+    assert "'eta' comes twice" in sentence(recipe, ("train.optim={eta: 1, eta: 2}",))
 
 
 def test_missing_key_is_named(recipe: Path) -> None:
@@ -129,6 +159,7 @@ def test_warm_up_must_end_before_the_run(recipe: Path) -> None:
     [
         (b"train: [1, 2\n", "not valid YAML"),
         (b"a: b: c\n", "line 1"),
+        (b"seed: 2024-13-45\n", "month must be in 1..12"),
         (b"- 1\n- 2\n", "mapping"),
         (b"", "mapping"),
         (b"\xff\xfe\x00bad", "UTF-8"),

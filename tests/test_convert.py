@@ -1,8 +1,15 @@
 """Promises of `tools.convert`: complete, ordered, readable by stock FFCV, or nothing at all."""
 
+import errno
 import io
 import multiprocessing
 import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +19,9 @@ from torchvision.datasets import ImageFolder
 
 from pipelines.errors import DataError
 from tools.convert import convert
-from tools.convert.manifest import Manifest, load_manifest, manifest_path, save_manifest
+from tools.convert.images import ImageFile, find_fault
+from tools.convert.manifest import Manifest, manifest_path, save_manifest
+from tools.processes import PROCESSES, run_processes
 
 
 def smooth_image(rng: np.random.Generator, width: int, height: int) -> Image.Image:
@@ -67,6 +76,18 @@ def pixels(jpeg: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(jpeg))).astype(float)
 
 
+def read_manifest(path: Path) -> Manifest:
+    return Manifest.model_validate_json(path.read_bytes())
+
+
+def run_script(script: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    return subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=100
+    )
+
+
 def files_beside(path: Path) -> set[str]:
     return {entry.name for entry in path.parent.iterdir() if entry.is_file()}
 
@@ -83,7 +104,7 @@ def test_samples_follow_the_order_of_image_folder(folder: Path, tmp_path: Path) 
     assert manifest.images_per_class == {"a": 3, "b": 2, "c c": 2, "d": 0}
     assert manifest.images == 7
     assert manifest.left_out == ()
-    assert manifest == load_manifest(tmp_path / "x.manifest.json")
+    assert manifest == read_manifest(tmp_path / "x.manifest.json")
     assert files_beside(target) == {"x.beton", "x.manifest.json"}
 
 
@@ -183,7 +204,7 @@ def test_bad_images_are_left_out_with_a_reason(folder: Path, tmp_path: Path) -> 
         assert words in reasons[name]
     assert [label for label, _ in stored(target)] == [0, 0, 0, 1, 1, 2, 2]
     assert manifest.images == 7
-    assert load_manifest(manifest_path(target)).left_out == manifest.left_out
+    assert read_manifest(manifest_path(target)).left_out == manifest.left_out
 
 
 def test_file_names_outside_utf8_reach_the_manifest(tmp_path: Path) -> None:
@@ -192,7 +213,7 @@ def test_file_names_outside_utf8_reach_the_manifest(tmp_path: Path) -> None:
     smooth_image(np.random.default_rng(6), 20, 20).save(folder / "0.png")
     (folder / os.fsdecode(b"\xff.png")).touch()
     convert(tmp_path / "images", tmp_path / "x.beton", workers=1)
-    manifest = load_manifest(tmp_path / "x.manifest.json")
+    manifest = read_manifest(tmp_path / "x.manifest.json")
     assert manifest.classes == ("caf\\xe9",)
     assert manifest.left_out[0].file == "caf\\xe9/\\xff.png"
 
@@ -219,7 +240,19 @@ def test_conversion_prints_nothing_and_reports_progress(
         (lambda p: (p / "a").mkdir(parents=True), "x.beton", {}, "no usable image in its 1 classes;"),
         (lambda p: ((p / "a").mkdir(parents=True), (p / "a" / "0.jpg").touch()), "x.beton", {}, "(a/0.jpg: "),
         (lambda p: (p / "a").mkdir(parents=True), "x.ffcv", {}, "must end in .beton"),
-        (lambda p: (p / "a").mkdir(parents=True), "no/x.beton", {}, "folder .*/no does not exist"),
+        (
+            lambda p: (p / "a").mkdir(parents=True),
+            ".",
+            {},
+            "target . must end in .beton; name a file such as d",
+        ),
+        (lambda p: (p / "a").mkdir(parents=True), "/", {}, "a file such as /dataset.beton"),
+        (
+            lambda p: ((p / "a").mkdir(parents=True), (p / "a" / "0.jpg").touch()),
+            "images/a/0.jpg/x.beton",
+            {},
+            "cannot be written to images/a/0.jpg/x.beton",
+        ),
         (lambda p: (p / "a").mkdir(parents=True), "/proc/x.beton", {}, "cannot be written to /proc/x.beton"),
         (
             lambda p: (p / "a").mkdir(parents=True),
@@ -237,11 +270,12 @@ def test_conversion_prints_nothing_and_reports_progress(
     ],
 )
 def test_bad_input_gets_one_sentence(
-    prepare, target: str, settings: dict, words: str, tmp_path: Path
+    prepare, target: str, settings: dict, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare(tmp_path / "images")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError) as caught:
-        convert(tmp_path / "images", tmp_path / target, **{"workers": 1} | settings)
+        convert(tmp_path / "images", Path(target), **{"workers": 1} | settings)
     caught.match(words if ".*" in words else words.replace("(", r"\("))
     assert "\n" not in str(caught.value)
     assert files_beside(tmp_path / "x.beton") <= {"images"}
@@ -312,25 +346,148 @@ def test_check_finds_a_damaged_dataset(damage: str, folder: Path, tmp_path: Path
         check_beton(target, labels)
 
 
-def test_manifest_is_read_back_and_garbage_is_refused(folder: Path, tmp_path: Path) -> None:
-    path = tmp_path / "x.manifest.json"
-    manifest: Manifest = convert(folder, tmp_path / "x.beton", workers=1)
+def test_manifest_is_read_back(folder: Path, tmp_path: Path) -> None:
+    manifest = convert(folder, tmp_path / "x.beton", workers=1)
     save_manifest(manifest, tmp_path / "copy.json")
-    assert load_manifest(tmp_path / "copy.json") == manifest
+    assert read_manifest(tmp_path / "copy.json") == manifest
     assert manifest.versions.keys() >= {"fastbarlow", "ffcv", "pillow", "opencv", "python"}
-    for garbage in (
-        b"",
-        b"\xff\x00",
-        b"[]",
-        path.read_bytes()[:-40],
-        path.read_bytes().replace(b"images", b"x"),
-    ):
-        path.write_bytes(garbage)
-        with pytest.raises(DataError, match="is not a dataset manifest") as caught:
-            load_manifest(path)
-        assert "\n" not in str(caught.value)
-    with pytest.raises(DataError, match="cannot be read: No such file"):
-        load_manifest(tmp_path / "no.json")
+
+
+def test_conversion_leaves_torch_its_threads(folder: Path, tmp_path: Path) -> None:
+    script = f"""
+import torch
+torch.set_num_threads(2)
+from pathlib import Path
+from tools.convert import convert
+convert(Path({str(folder)!r}), Path({str(tmp_path / "x.beton")!r}), workers=1)
+assert torch.get_num_threads() == 2, torch.get_num_threads()
+"""
+    result = run_script(script)
+    assert result.returncode == 0, result.stderr
+
+
+def test_folders_of_the_target_are_created(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "data" / "new" / "x.beton"
+    convert(folder, target, workers=1)
+    assert len(stored(target)) == 7
+
+
+def test_remains_of_a_killed_conversion_are_overwritten(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "x.beton"
+    for name in (".x.beton.part", ".x.manifest.json.part"):
+        (tmp_path / name).write_bytes(b"remains" * 10**6)
+    convert(folder, target, workers=1)
+    assert len(stored(target)) == 7
+    assert files_beside(target) == {"x.beton", "x.manifest.json"}
+
+
+def test_two_conversions_do_not_share_a_target(folder: Path, tmp_path: Path) -> None:
+    target, errors = tmp_path / "x.beton", []
+
+    def convert_again(done: int, total: int) -> None:
+        if not errors:
+            with pytest.raises(DataError, match=r"Another conversion to .*x\.beton is running") as caught:
+                convert(folder, target, workers=1)
+            errors.append(caught.value)
+
+    manifest = convert(folder, target, workers=1, progress=convert_again)
+    assert len(errors) == 1
+    assert len(stored(target)) == manifest.images == 7
+    assert files_beside(target) == {"x.beton", "x.manifest.json"}
+
+
+def test_full_disk_leaves_the_old_dataset(heavy_folder: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk: the dataset's second page does not fit."""
+    target = tmp_path / "out" / "x.beton"
+    target.parent.mkdir()
+    target.write_text("the old dataset")
+    script = f"""
+import resource
+from pathlib import Path
+from pipelines.errors import DataError
+from tools.convert import convert
+resource.setrlimit(resource.RLIMIT_FSIZE, (10 << 20, 10 << 20))
+try:
+    convert(Path({str(heavy_folder)!r}), Path({str(target)!r}), workers=2)
+except DataError as error:
+    print(error)
+"""
+    result = run_script(script)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "File too large" in result.stdout and "free disk space" in result.stdout
+    assert result.stdout.count("\n") == 1
+    assert target.read_text() == "the old dataset"
+    assert files_beside(target) == {"x.beton"}
+
+
+def test_process_that_cannot_be_started_is_no_full_disk(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, started = PROCESSES.Process.start, []
+
+    def start_one(process: multiprocessing.Process) -> None:
+        if started:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        started.append(process)
+        start(process)
+
+    monkeypatch.setattr(PROCESSES.Process, "start", start_one)
+    with pytest.raises(DataError, match=r"cannot be started \(Resource temporarily .* use fewer workers"):
+        convert(folder, tmp_path / "x.beton", workers=2)
+    assert files_beside(tmp_path / "x.beton") == set()
+    assert multiprocessing.active_children() == []
+
+
+def test_no_more_processes_than_images(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+
+    def count(jobs: Sequence[Callable], poll: Callable[[], None]) -> list:
+        counts.append(len(jobs))
+        return run_processes(jobs, poll)
+
+    monkeypatch.setattr("tools.convert.images.run_processes", count)
+    convert(folder, tmp_path / "x.beton", workers=2)
+    shutil.rmtree(folder / "a")
+    shutil.rmtree(folder / "b")
+    convert(folder, tmp_path / "x.beton", workers=5)
+    assert counts == [2, 2]
+
+
+def test_each_worker_gets_its_own_images_only(
+    heavy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tools.convert.writer
+
+    shares = []
+
+    def record(jobs: Sequence[partial], poll: Callable[[], None]) -> list:
+        shares.extend(set(job.args[-1].files) for job in jobs)
+        return run_processes(jobs, poll)
+
+    monkeypatch.setattr(tools.convert.writer, "run_processes", record)
+    convert(heavy_folder, tmp_path / "x.beton", workers=2)
+    assert sorted([*shares[0], *shares[1]]) == list(range(240))
+
+
+def test_lack_of_memory_is_not_blamed_on_the_image(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(file: Path) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("tools.convert.images.decode_rgb", fail)
+    with pytest.raises(MemoryError):
+        find_fault(ImageFile(str(folder / "a" / "x.JPG"), 0), 512)
+
+
+def test_ctrl_c_is_kept_from_the_fork_server() -> None:
+    """While it imports, it would print a traceback."""
+    run_processes([partial(int)], lambda: None)
+    pid = multiprocessing.forkserver._forkserver._forkserver_pid
+    status = Path(f"/proc/{pid}/status").read_text()
+    blocked = int(status.partition("SigBlk:")[2].split()[0], 16)
+    assert blocked >> (signal.SIGINT - 1) & 1
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_real_images_are_converted(shared_data: Path, tmp_path: Path) -> None:

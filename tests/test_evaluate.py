@@ -84,6 +84,16 @@ def test_backbone_and_its_file_give_the_same_figure(checkpoint: Path, sources: t
     assert result.accuracy == {"top1": knn_accuracy(*train, *test, CONFIG.knn)}
 
 
+def test_checkpoint_keeps_the_eval_settings_of_its_run(tmp_path: Path, write_checkpoint: Callable) -> None:
+    write_checkpoint(
+        tmp_path / "checkpoint.pt", model={"backbone": "resnet18"}, eval=CONFIG.model_dump(mode="json")
+    )
+    weights = read_weights(tmp_path / "checkpoint.pt")
+    assert EvalConfig.model_validate(weights.eval_settings) == CONFIG
+    torch.save(weights.state, tmp_path / "backbone.pth")
+    assert read_weights(tmp_path / "backbone.pth").eval_settings is None
+
+
 def test_datasets_with_different_classes_are_one_sentence(
     checkpoint: Path, sources: tuple, tmp_path: Path, write_images: Callable
 ) -> None:

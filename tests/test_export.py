@@ -76,6 +76,15 @@ def test_unknown_suffix_and_unwritable_folder_are_one_sentence(
         export_backbone(checkpoint, tmp_path / "absent" / "backbone.pth")
 
 
+def test_target_below_a_file_is_one_sentence(tmp_path: Path, write_checkpoint: Callable) -> None:
+    checkpoint = tmp_path / "checkpoint.pt"
+    write_checkpoint(checkpoint, model={"backbone": "resnet18"})
+    with pytest.raises(
+        ModelError, match=r"^Cannot write .*checkpoint\.pt/x\.pth: Not a directory; [^\n]*\.$"
+    ):
+        export_backbone(checkpoint, checkpoint / "x.pth")
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_failed_export_leaves_the_old_file(
     tmp_path: Path, write_checkpoint: Callable, monkeypatch: pytest.MonkeyPatch, suffix: str

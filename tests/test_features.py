@@ -1,5 +1,6 @@
 """Frozen features: the authors' evaluation images, in the order of the dataset, each exactly once."""
 
+import multiprocessing
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +108,25 @@ def test_bad_image_is_one_sentence_with_its_name(
     config = CONFIG.model_copy(update={"workers": workers})
     with pytest.raises(DataError, match=rf"^[^\n]*{bad}[^\n]*\.$"):
         extract_features(Flatten(), FolderSource(tmp_path / "images"), config, "cpu")
+
+
+def test_killed_worker_is_one_sentence(images: Path) -> None:
+    def kill_workers(done: int, total: int) -> None:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+
+    config = CONFIG.model_copy(update={"workers": 2, "batch_size": 1})
+    with pytest.raises(DataError, match=r"^A worker process [^\n]*eval\.features\.workers[^\n]*\.$"):
+        extract_features(Flatten(), FolderSource(images), config, "cpu", kill_workers)
+
+
+def test_errors_of_the_backbone_are_not_taken_for_dead_workers(images: Path) -> None:
+    class Broken(nn.Module):
+        def forward(self, images_NCHW: Tensor) -> Tensor:
+            raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        extract_features(Broken(), FolderSource(images), CONFIG, "cpu")
 
 
 def test_diverged_backbone_is_an_error(images: Path) -> None:

@@ -2,20 +2,25 @@
 
 import json
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 
 from model.loss import ALGORITHMS
+from pipelines.config import DataConfig
 from pipelines.errors import DataError
+from tools import profile as profile_tool
+from tools.bench import loader as loader_bench
 from tools.bench import timing
 from tools.bench.loader import bench_loaders
 from tools.bench.loss import bench_loss
 from tools.bench.timing import PhaseTimer, endless
 from tools.figures import PHASE_COLOURS
-from tools.profile import Profile, profile_run, write_profile
+from tools.profile import Profile, check_writable, profile_run, write_profile
 from train.config import RunConfig
+from train.errors import TrainingError
 
 CPU = torch.device("cpu")
 
@@ -120,6 +125,78 @@ def test_profile_splits_real_steps_and_leaves_the_checkpoint_alone(config: RunCo
     saved = json.loads((tmp_path / "new" / "folder" / "profile.json").read_text())
     assert saved == profile.as_dict()
     assert (tmp_path / "new" / "folder" / "profile.png").read_bytes().startswith(b"\x89PNG")
+
+
+class PacedLoader:
+    """Makes a batch every `seconds` in the background, as long as fewer than `held` wait to be taken."""
+
+    steps_per_epoch = 10**6
+
+    def __init__(self, seconds: float, held: int, clock: Callable[[float], None]) -> None:
+        self.seconds, self.held, self.clock = seconds, held, clock
+
+    def epoch(self, epoch: int) -> Iterator[object]:
+        taken: list[float] = []
+        ready = timing.time.perf_counter()
+        for number in count():
+            began = max(ready, taken[number - self.held]) if number >= self.held else ready
+            ready = began + self.seconds
+            self.clock(max(0.0, ready - timing.time.perf_counter()))
+            taken.append(timing.time.perf_counter())
+            yield object()
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize(("prefetch", "workers"), [(1, 0), (3, 8), (16, 1)])
+@pytest.mark.parametrize("seconds", [0.5, 1.9, 2.0, 2.1, 4.0, 10.0])
+def test_batches_made_ahead_do_not_pass_for_speed(
+    config: RunConfig,
+    clock: Callable[[float], None],
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    prefetch: int,
+    workers: int,
+) -> None:
+    """The loader needs `seconds` for a batch, the step 2, and building the network 1000."""
+
+    def build_loader(data: DataConfig, **options: object) -> PacedLoader:
+        held = data.prefetch + max(0, data.workers - 1)  # as torch's DataLoader at worst
+        return PacedLoader(0.0 if data.loader == "synthetic" else seconds, held, clock)
+
+    def build_twin(*arguments: object) -> torch.nn.Module:
+        clock(1000.0)
+        return torch.nn.Identity()
+
+    def build_step(*arguments: object, mark: Callable[[str], None]) -> Callable[..., None]:
+        def step(*arguments: object) -> None:
+            clock(2.0)
+            mark("forward")
+
+        return step
+
+    for module in (profile_tool, loader_bench):
+        monkeypatch.setattr(module, "build_loader", build_loader)
+    monkeypatch.setattr(profile_tool, "build_twin", build_twin)
+    monkeypatch.setattr(profile_tool, "TrainStep", build_step)
+    data = config.data.model_copy(update={"prefetch": prefetch, "workers": workers})
+    config = config.model_copy(update={"data": data})
+
+    profile = profile_run(config, steps=5)
+    assert profile.loader_pairs_per_second == pytest.approx(4 / seconds)
+    assert profile.step_pairs_per_second == pytest.approx(4 / 2)
+    assert profile.pairs_per_second == pytest.approx(4 / max(seconds, 2))
+    bench = bench_loaders(config, ["folder"], repeats=1, batches=5, device=CPU)
+    assert bench["pairs_per_second"]["folder"] == [pytest.approx(4 / seconds)]
+
+
+def test_folder_that_cannot_be_written_is_found_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    for out in (tmp_path / "file", tmp_path / "file" / "profile"):
+        with pytest.raises(TrainingError, match=rf"^Cannot write the profile to {out}: [^\n]*\.$"):
+            check_writable(out)
+    check_writable(tmp_path / "new" / "folder")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.gpu

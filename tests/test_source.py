@@ -1,7 +1,9 @@
 """Sources give the samples that the formats' own libraries give, and say what is wrong with a dataset."""
 
+import errno
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +59,11 @@ def test_class_names_come_from_the_manifest(beton, tmp_path):
     manifest = tmp_path / "x.manifest.json"
     manifest.write_text(json.dumps({"classes": ["ant", "bee", "cat"]}))
     assert open_source(copy).classes == ["ant", "bee", "cat"]
+    manifest.write_text(json.dumps({"classes": ["ant", "bee", "cat"], "images": 24}))
+    assert open_source(copy).classes == ["ant", "bee", "cat"]
+    manifest.write_text(json.dumps({"classes": ["ant", "bee", "cat"], "images": 25}))
+    with pytest.raises(DataError, match=r"belongs to another dataset .*25 images, not 24.*convert"):
+        open_source(copy)
     for wrong in ('{"classes": ["ant", "bee"]}', '{"classes": 3}', '{"labels": []}', "[]", "{", ""):
         manifest.write_text(wrong)
         with pytest.raises(DataError, match=r"x\.manifest\.json"):
@@ -76,6 +83,17 @@ def test_paths_without_a_dataset_are_explained(tmp_path):
         open_source(tmp_path)
     with pytest.raises(DataError, match=r"a\.jpg is neither a folder nor a \.beton file"):
         open_source(tmp_path / "a.jpg")
+    with pytest.raises(DataError, match=r"cannot be read \(File name too long\)"):
+        open_source(tmp_path / ("x" * 300))
+
+
+def test_folder_without_permission_is_explained(tmp_path, monkeypatch):
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)  # the superuser may read everything
+    with pytest.raises(DataError, match=r"cannot be read \(Permission denied\)"):
+        open_source(tmp_path)
 
 
 def test_image_that_cannot_be_read_is_named(tmp_path, image_folder):
@@ -90,6 +108,12 @@ def test_image_that_cannot_be_read_is_named(tmp_path, image_folder):
         source.sizes(np.array([0]))
     with pytest.raises(DataError, match=r"c/1\.jpg cannot be read .*truncated"):
         read_image(source, 1)
+    (tmp_path / "c" / "1.jpg").unlink()
+    for read in (source.encoded, partial(read_image, source)):
+        with pytest.raises(
+            DataError, match=r"^The image .*c/1\.jpg cannot be read \(No such file or directory\)"
+        ):
+            read(1)
 
 
 def test_beton_that_is_cut_short_is_refused(beton, tmp_path):
@@ -145,6 +169,9 @@ def test_beton_whose_images_lie_outside_the_file_is_refused(beton, tmp_path):
     for offset in (size_of_row_3, ptr_of_row_3):
         with pytest.raises(DataError, match=r"cut short or damaged"):
             open_source(patched(beton, tmp_path / "x.beton", offset, b"\xff\xff\xff\xff"))
+    for offset in (size_of_row_3, ptr_of_row_3):  # numbers that are negative as int64
+        with pytest.raises(DataError, match=r"cut short or damaged"):
+            open_source(patched(beton, tmp_path / "x.beton", offset + 7, b"\x80"))
 
 
 def test_beton_without_the_needed_fields_is_refused(tmp_path):

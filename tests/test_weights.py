@@ -102,6 +102,27 @@ def test_checkpoint_that_is_cut_short_is_one_sentence(
         load_backbone(path)
 
 
+@pytest.mark.parametrize("name", ["checkpoint.pt", "backbone.pth"])
+def test_file_with_a_flipped_bit_is_one_sentence(
+    tmp_path: Path, write_checkpoint: Callable, name: str
+) -> None:
+    path = tmp_path / name
+    weight = write_checkpoint(path, model={"backbone": "resnet18"}).backbone.conv1.weight
+    if path.suffix == ".pth":
+        torch.save(build_backbone("resnet18").state_dict() | {"conv1.weight": weight.data}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(weight.detach().numpy().tobytes()[:64])] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match="is damaged, cut short or no file of weights"):
+        load_backbone(path)
+
+
+def test_files_without_checksums_are_read(tmp_path: Path) -> None:
+    state = build_backbone("resnet18").state_dict()
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert torch.equal(read_weights(tmp_path / "old.pth").state["conv1.weight"], state["conv1.weight"])
+
+
 def test_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
     class Payload:
         def __reduce__(self) -> tuple:

@@ -13,6 +13,7 @@ from tools.options import Device, Json
 if TYPE_CHECKING:
     from eval.config import EvalConfig
     from eval.run import EvalResult
+    from model.weights import BackboneWeights
 
 Checkpoint = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="A run's checkpoint.pt, or a .pth or .safetensors file.")
@@ -21,18 +22,26 @@ Train = Annotated[
     Path, typer.Argument(metavar="TRAIN", help="Labelled images: a .beton file or a class folder.")
 ]
 Test = Annotated[Path, typer.Argument(metavar="TEST", help="Images to classify, of the same classes.")]
-ImageSize = Annotated[int | None, typer.Option(help="Side of the centre crop, in pixels.")]
-Resize = Annotated[int | None, typer.Option(help="Short side before the crop, in pixels.")]
-BatchSize = Annotated[int | None, typer.Option(help="Images in one pass of the backbone.")]
-Workers = Annotated[int | None, typer.Option(help="Decoding processes.")]
+ImageSize = Annotated[
+    int | None, typer.Option(help="Side of the centre crop, in pixels; default: the run's own, or 224.")
+]
+Resize = Annotated[
+    int | None, typer.Option(help="Short side before the crop, in pixels; default: the run's own, or 256.")
+]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Images in one pass of the backbone; default: the run's own, or 256.")
+]
+Workers = Annotated[int | None, typer.Option(help="Decoding processes; default: the run's own, or 8.")]
+
+Options = dict[str, dict[str, Any]]  # by section and key of EvalConfig; None where not given
 
 eval_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     help="""Measure how good the frozen features of a trained backbone are.
 
-    Options that are not given follow the eval section of the config.yaml beside the checkpoint, and without
-    one the built-in defaults, which suit ImageNet.""",
+    Options that are not given follow the eval section of the run's config, which its checkpoint holds. A
+    .pth or .safetensors file holds none: there the built-in defaults count, which suit ImageNet.""",
 )
 
 
@@ -41,9 +50,12 @@ def knn(
     checkpoint: Checkpoint,
     train: Train,
     test: Test,
-    k: Annotated[int | None, typer.Option("--k", help="Neighbours that vote.")] = None,
+    k: Annotated[
+        int | None, typer.Option("--k", help="Neighbours that vote; default: the run's own, or 200.")
+    ] = None,
     temperature: Annotated[
-        float | None, typer.Option(help="Of the votes' weights exp(similarity / t).")
+        float | None,
+        typer.Option(help="t of the votes' weights exp(similarity / t); default: the run's own, or 0.07."),
     ] = None,
     image_size: ImageSize = None,
     resize: Resize = None,
@@ -64,8 +76,8 @@ def knn(
     from eval.run import evaluate_knn
 
     features = {"image_size": image_size, "resize": resize, "batch_size": batch_size, "workers": workers}
-    config = _settings(checkpoint, features=features, knn={"k": k, "temperature": temperature})
-    _evaluate(evaluate_knn, checkpoint, train, test, config, device, as_json)
+    options = {"features": features, "knn": {"k": k, "temperature": temperature}}
+    _evaluate(evaluate_knn, checkpoint, train, test, options, device, as_json)
 
 
 @eval_app.command()
@@ -73,10 +85,19 @@ def linear(
     checkpoint: Checkpoint,
     train: Train,
     test: Test,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training features.")] = None,
-    lr: Annotated[float | None, typer.Option(help="First learning rate of the cosine.")] = None,
-    weight_decay: Annotated[float | None, typer.Option()] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the classifier's weights and the order.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the training features; default: the run's own, or 100.")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="First learning rate of the cosine; default: the run's own, or 0.3.")
+    ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="L2 penalty of the classifier; default: the run's own, or 1e-06.")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Of the classifier's weights and the order; default: the run's own, or 0."),
+    ] = None,
     image_size: ImageSize = None,
     resize: Resize = None,
     batch_size: BatchSize = None,
@@ -98,29 +119,8 @@ def linear(
 
     features = {"image_size": image_size, "resize": resize, "batch_size": batch_size, "workers": workers}
     probe = {"epochs": epochs, "lr": lr, "weight_decay": weight_decay, "seed": seed}
-    config = _settings(checkpoint, features=features, linear=probe)
-    _evaluate(evaluate_linear, checkpoint, train, test, config, device, as_json)
-
-
-def _settings(checkpoint: Path, **options: dict[str, Any]) -> "EvalConfig":
-    """The run's own eval settings, or the defaults, with the options that were given in their place."""
-    from pydantic import ValidationError
-
-    from eval.config import EvalConfig
-    from train.config import load_config
-    from train.errors import ConfigError
-
-    saved = checkpoint.with_name("config.yaml")
-    settings = (load_config(saved).eval if saved.exists() else EvalConfig()).model_dump()
-    for section, given in options.items():
-        settings[section] |= {name: value for name, value in given.items() if value is not None}
-    try:
-        return EvalConfig.model_validate(settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(("eval", *map(str, first["loc"])))
-        rule = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
-        raise ConfigError(f"{key}: {rule}, not {first['input']!r}; change the option.") from None
+    options = {"features": features, "linear": probe}
+    _evaluate(evaluate_linear, checkpoint, train, test, options, device, as_json)
 
 
 def _evaluate(
@@ -128,21 +128,52 @@ def _evaluate(
     checkpoint: Path,
     train: Path,
     test: Path,
-    config: "EvalConfig",
+    options: Options,
     device: str,
     as_json: bool,
 ) -> None:
+    from model.weights import read_weights
     from pipelines.source import open_source
     from train.distributed import process_group
 
+    weights = read_weights(checkpoint)
+    config = _settings(weights, checkpoint, options)
     sources = open_source(train), open_source(test)
     with process_group(device) as world, progress_bar("extracting features") as progress:
-        result = evaluate(checkpoint, *sources, config, world.device, progress)
+        result = evaluate(
+            weights.build(), *sources, config, world.device, progress, normalisation=weights.normalisation
+        )
     figures = ", ".join(f"{name} {share:.2%}" for name, share in result.accuracy.items())
+    features = config.features
     say(
         f"{result.protocol}: {figures} of {result.test_images} images right, {result.num_classes} classes, "
-        f"{result.train_images} labelled images.",
+        f"{result.train_images} labelled images; short side {features.resize} px, "
+        f"centre crop {features.image_size} px.",
         as_json=as_json,
     )
     if as_json:
         show_json({"checkpoint": str(checkpoint), "train": str(train), "test": str(test), **asdict(result)})
+
+
+def _settings(weights: "BackboneWeights", checkpoint: Path, options: Options) -> "EvalConfig":
+    """The run's own eval settings, or the defaults, with the options that were given in their place."""
+    remedy = "export the backbone and evaluate the exported file"
+    settings = _validated(weights.eval_settings or {}, f"{checkpoint}: ", remedy).model_dump()
+    for section, given in options.items():
+        settings[section] |= {name: value for name, value in given.items() if value is not None}
+    return _validated(settings, "", "change the option")
+
+
+def _validated(settings: dict[str, Any], where: str, remedy: str) -> "EvalConfig":
+    from pydantic import ValidationError
+
+    from eval.config import EvalConfig
+    from train.errors import ConfigError
+
+    try:
+        return EvalConfig.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(("eval", *map(str, first["loc"])))
+        rule = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+        raise ConfigError(f"{where}{key}: {rule}, not {first['input']!r}; {remedy}.") from None

@@ -13,13 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from typer.core import TyperGroup
 
-from model.errors import ModelError
-from pipelines.errors import DataError
-from train.errors import ConfigError, TrainingError
+from train.errors import USER_ERRORS
 from train.metrics import StepReport
 
-USER_ERRORS = (ConfigError, DataError, ModelError, TrainingError)
-EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+EXIT_SHORTFALL, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
 Progressor = Callable[[int, int], None]  # done, total
 

@@ -7,7 +7,6 @@
 
 import io
 import json
-import os
 from pathlib import Path
 
 import safetensors.torch
@@ -15,6 +14,7 @@ import torch
 
 from model.errors import ModelError
 from model.weights import IMAGENET, BackboneWeights, read_weights
+from train.files import write_atomically
 
 
 def export_backbone(checkpoint: Path, out: Path) -> BackboneWeights:
@@ -27,7 +27,13 @@ def export_backbone(checkpoint: Path, out: Path) -> BackboneWeights:
     if out.suffix not in (".pth", ".safetensors"):
         raise ModelError(f"Cannot export to {out}: the name must end in .pth or .safetensors.")
     weights = read_weights(checkpoint)
-    _write_atomically(_to_pth(weights, out) if out.suffix == ".pth" else _to_safetensors(weights), out)
+    content = _to_pth(weights, out) if out.suffix == ".pth" else _to_safetensors(weights)
+    try:
+        write_atomically(out, lambda file: file.write(content))
+    except OSError as error:
+        raise ModelError(
+            f"Cannot write {out}: {error.strerror}; choose a folder that exists and has room."
+        ) from error
     return weights
 
 
@@ -53,19 +59,3 @@ def _to_safetensors(weights: BackboneWeights) -> bytes:
     }
     tensors = {key: value.contiguous() for key, value in weights.state.items()}
     return safetensors.torch.save(tensors, metadata)
-
-
-def _write_atomically(content: bytes, path: Path) -> None:
-    """1. write beside `path`  2. flush to the disk  3. rename over it."""
-    beside = path.with_name(f"{path.name}.tmp")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)  # 1
-            file.flush()  # 2
-            os.fsync(file.fileno())
-        beside.replace(path)  # 3
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise ModelError(
-            f"Cannot write {path}: {error.strerror}; choose a folder that exists and has room."
-        ) from error

@@ -6,6 +6,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -23,17 +24,23 @@ def run_processes(jobs: Sequence[Callable[[], Any]], poll: Callable[[], None]) -
     """Run each job in a process of its own and return their results in order.
 
     `poll` is called several times a second and once after the last result. Raises `DataError` where a job
-    raises or its process dies. However this function ends, it leaves no process behind.
+    raises, or its process dies or cannot be started. However this function ends, it leaves no process behind.
     """
     processes, pipes = [], []
     try:
-        for job in jobs:
-            receiver, sender = PROCESSES.Pipe(duplex=False)
-            pipes.append(receiver)
-            process = PROCESSES.Process(target=_run, args=(sender, job), daemon=True)
-            process.start()
-            processes.append(process)
-            sender.close()  # the process now holds the only one: its death is the end of the pipe
+        try:
+            _start_fork_server()
+            for job in jobs:
+                receiver, sender = PROCESSES.Pipe(duplex=False)
+                pipes.append(receiver)
+                with sender:  # closed here, the process holds the only one: its death is the end of the pipe
+                    process = PROCESSES.Process(target=_run, args=(sender, job), daemon=True)
+                    process.start()
+                processes.append(process)
+        except OSError as error:
+            raise DataError(
+                f"A worker process cannot be started ({error.strerror}); use fewer workers, then try again."
+            ) from error
         results: dict[Connection, Any] = {}
         while len(results) < len(jobs):
             for pipe in wait([pipe for pipe in pipes if pipe not in results], timeout=POLL_S):
@@ -46,6 +53,16 @@ def run_processes(jobs: Sequence[Callable[[], Any]], poll: Callable[[], None]) -
             process.join()
         for pipe in pipes:
             pipe.close()
+
+
+def _start_fork_server() -> None:
+    """Start it, if it is not running, deaf to Ctrl-C: that would end its imports with a traceback."""
+    resource_tracker.ensure_running()  # now, since starting it unblocks SIGINT
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _receive(pipe: Connection) -> Any:

@@ -1,6 +1,7 @@
 """Where the time of a training step goes on this machine, and what limits the speed: loader or step."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -8,21 +9,18 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipelines.batch import Batch, Loader
 from pipelines.config import DataConfig
 from pipelines.loaders import build_loader
-from tools.bench.timing import PhaseTimer, endless, seconds_for
+from tools.bench.timing import MIN_WARMUP, PhaseTimer, drop, endless, seconds_for, warmup_batches
 from tools.environment import describe_environment
 from tools.figures import phases_png
 from train.config import RunConfig
 from train.distributed import process_group
 from train.errors import TrainingError
-from train.loop import build_twin
+from train.loop import build_twin, configure_backends
 from train.step import TrainStep
 
-WARMUP_STEPS = 5  # compilers and autotuners settle meanwhile
 SYNTHETIC_BATCHES = 4  # enough that their numbers differ, made before the clock starts
 
 
@@ -91,15 +89,15 @@ def profile_run(
     1. the loader alone
     2. the real thing: loader and step together, each step split into phases
     3. the step alone, on synthetic batches that are ready beforehand
-    Each part takes some steps first (for 1 at least as many as the loader prepares ahead) and then `steps`
-    measured ones. `on_phase` is called with each part's
+    Each part measures `steps` steps after a warm-up. That of 1 and 2 also takes away what the loader has
+    prepared ahead, which would look faster than batches can be made. `on_phase` is called with each part's
     name. Raises `DataError`, `ModelError` or `TrainingError`.
     """
     batch_size = config.train.batch_size
     synthetic = config.data.model_copy(update={"loader": "synthetic"})
     with process_group(config.train.device) as world:
         device = world.device
-        torch.backends.cudnn.benchmark = True
+        configure_backends(config)
 
         def open_loader(data: DataConfig) -> closing[Loader]:
             return closing(build_loader(data, seed=config.seed, batch_size=batch_size, device=device))
@@ -107,14 +105,15 @@ def profile_run(
         with open_loader(config.data) as loader:
             on_phase("the loader alone")  # 1
             stream = endless(loader)
-            seconds_for(stream, max(WARMUP_STEPS, config.data.prefetch + 1), device)
+            warmup = warmup_batches(config.data)
+            drop(stream, warmup)
             loader_seconds = seconds_for(stream, steps, device)
 
             on_phase("loader and step together")  # 2
             timer = PhaseTimer(device)
             twin = build_twin(config, device).train()
             train_step = TrainStep(config, twin, loader.steps_per_epoch, mark=timer.mark)
-            phases = _mean_phases(train_step, stream, steps, timer)
+            phases = _mean_phases(train_step, stream, steps, timer, to_drop=warmup)
             stream.close()
 
         on_phase("the step alone")  # 3
@@ -131,6 +130,15 @@ def profile_run(
     )
 
 
+def check_writable(out: Path) -> None:
+    """Raise `TrainingError` where `out` is no folder or cannot be made one; makes nothing."""
+    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise TrainingError(
+            f"Cannot write the profile to {out}: {nearest} is no folder that one can write to."
+        )
+
+
 def write_profile(profile: Profile, out: Path) -> None:
     """Write `profile.json` and `profile.png` into `out`. Raises `TrainingError` where that fails."""
     try:
@@ -142,12 +150,20 @@ def write_profile(profile: Profile, out: Path) -> None:
 
 
 def _mean_phases(
-    train_step: TrainStep, batches: Iterator[Batch], steps: int, timer: PhaseTimer
+    train_step: TrainStep, batches: Iterator[Batch], steps: int, timer: PhaseTimer, to_drop: int = 0
 ) -> dict[str, float]:
-    """Mean seconds of each phase over `steps` steps, after the warm-up."""
-    for step in range(WARMUP_STEPS + steps):
-        if step == WARMUP_STEPS:
-            timer.clear()
+    """Mean seconds of each phase over `steps` steps.
+
+    1. the warm-up, during which a loader prepares batches ahead
+    2. drop `to_drop` batches without a step
+    3. one more step of the warm-up: then loader and step keep the pace that they have in a long run
+    4. the measured steps
+    """
+    for step in range(MIN_WARMUP + steps):  # 1
+        if step == MIN_WARMUP - 1:
+            drop(batches, to_drop)  # 2, 3
+        if step == MIN_WARMUP:
+            timer.clear()  # 4
         timer.start()
         batch = next(batches)
         timer.mark("data wait")

@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
 # Sets up everything fastbarlow needs on Debian or Ubuntu: setup.sh VENV_FOLDER
 #
-# 1. The Debian packages that FFCV is built against, and a compiler.
+# 1. Where they are missing, the Debian packages that FFCV is built with.
 # 2. A virtual environment of Python 3.11 or 3.12 with the pinned packages of constraints.txt.
 # 3. The DALI build that matches torch's CUDA.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=$1
-packages=(g++ pkg-config libopencv-dev libturbojpeg0-dev)
 
 fail() {
     echo "setup: $1" >&2
@@ -29,27 +28,29 @@ find_python() {
     return 1
 }
 
-# 1. Debian packages. The interpreter's own headers and venv module come with a Python that is not Debian's.
+# 1. What FFCV is built with. The interpreter's own headers and venv module come with a Python that is not Debian's.
 python=$(find_python) || fail "Python 3.11 or 3.12 is needed; install one, or name it: make PYTHON=/path/to/python3.12 …"
-if [ "$(command -v dpkg-query)" ] && [[ $(readlink -f "$(command -v "$python")") == /usr/bin/* ]]; then
-    version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-    packages+=("python$version-venv" "python$version-dev")
-fi
-missing=()
-for package in "${packages[@]}"; do
-    dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
-done
-if [ ${#missing[@]} -gt 0 ]; then
+can_build() {
+    command -v g++ && pkg-config --exists opencv4 libturbojpeg &&
+        "$python" -c 'import ensurepip, sysconfig, pathlib
+assert pathlib.Path(sysconfig.get_path("include"), "Python.h").exists()'
+} &>/dev/null
+if ! can_build; then
+    packages=(g++ pkg-config libopencv-dev libturbojpeg0-dev)
+    if [[ $(readlink -f "$(command -v "$python")") == /usr/bin/* ]]; then
+        version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+        packages+=("python$version-venv" "python$version-dev")
+    fi
     command -v apt-get >/dev/null ||
-        fail "apt-get was not found; install these yourself (OpenCV 4 and libjpeg-turbo with headers): ${missing[*]}"
+        fail "apt-get was not found; install these yourself (names as in Debian): ${packages[*]}"
     sudo=()
     if [ "$(id -u)" -ne 0 ]; then
-        command -v sudo >/dev/null || fail "not root and no sudo; ask an administrator to install: ${missing[*]}"
+        command -v sudo >/dev/null || fail "not root and no sudo; ask an administrator to install: ${packages[*]}"
         sudo=(sudo)
     fi
-    echo "setup: installing Debian packages: ${missing[*]}"
+    echo "setup: installing Debian packages: ${packages[*]}"
     "${sudo[@]}" apt-get update -qq
-    "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+    "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}" >/dev/null
 fi
 
 # 2. The virtual environment.

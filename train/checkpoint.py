@@ -5,22 +5,21 @@ A checkpoint is a dict: `format` (1), `config` (`RunConfig` as plain data), `mod
 `torch.load(path, weights_only=True)` reads it.
 """
 
-import os
-import pickle
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from model.weights import load_intact
 from train.config import RunConfig
 from train.errors import TrainingError
+from train.files import write_atomically
 
 FORMAT = 1
 CHECKPOINT_NAME = "checkpoint.pt"
 
-# A run may go on only with the settings that fix its path; these may differ without changing it.
+# A run may go on only with the settings that fix which samples and crops each step takes and what it learns
+# from them. These may differ; of them, precision and loader change the rounding and the decoded pixels a bit.
 FREE_KEYS = (
     "run_dir",
     "data.path",  # `num_samples` is compared instead
@@ -40,45 +39,27 @@ FREE_KEYS = (
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     """Replace `path` by `state` in one atomic step that survives a power cut.
 
-    1. write beside it  2. flush to the disk  3. rename over it  4. flush the folder's entry
-    Raises `TrainingError` where that fails; `path` then still holds what it held before.
+    Raises `TrainingError` where that fails; `path` then holds a whole checkpoint, if it held one before.
     """
-    beside = path.with_name(f"{path.name}.tmp")
     try:
-        with beside.open("wb") as file:
-            torch.save({"format": FORMAT, **state}, file)  # 1
-            file.flush()  # 2
-            os.fsync(file.fileno())
-        beside.replace(path)  # 3
-        folder = os.open(path.parent, os.O_RDONLY)  # 4
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
     except (OSError, RuntimeError) as error:  # torch's writer turns an OSError into a RuntimeError
-        beside.unlink(missing_ok=True)
-        reason = _root_cause(error)
         raise TrainingError(
-            f"Cannot write the checkpoint {path}: {reason}; make room and start again, "
-            f"and the run goes on from the checkpoint before it, if there is one."
+            f"Cannot write the checkpoint {path}: {_root_cause(error)}; make room and start again, "
+            f"and the run goes on from the last checkpoint, if there is one."
         ) from error
 
 
 def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dict[str, Any]:
     """The checkpoint at `path`. Raises `TrainingError` where the file is unreadable, cut short or foreign."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            is_damaged = archive.testzip() is not None  # torch.load itself skips the checksums
-        if not is_damaged:
-            state = torch.load(path, map_location=map_location, weights_only=True)
+        state = load_intact(path, map_location)
     except OSError as error:
         raise TrainingError(f"Cannot read the checkpoint {path}: {error.strerror or error}.") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, pickle.UnpicklingError):
-        is_damaged = True
-    if is_damaged:
+    except ValueError:
         raise TrainingError(
-            f"The checkpoint {path} is damaged, cut short or none at all; delete it to start anew."
-        )
+            f"The checkpoint {path} is damaged, cut short or none at all; move it away to start anew."
+        ) from None
     keys = {"format", "config", "model", "optimizer", "scaler", "step", "num_samples"}
     if not isinstance(state, dict) or not keys <= state.keys():
         raise TrainingError(f"{path} is not a checkpoint of fastbarlow; move it away to start anew.")

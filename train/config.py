@@ -5,7 +5,7 @@ sentence that names the file, the key and the nearest known key.
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -86,6 +86,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     settings = _read_yaml(path)
     overridden = [_apply_override(settings, override, path) for override in overrides]
+    for error in _booleans(settings):
+        raise ConfigError(_describe(error, path, overridden))
     try:
         return RunConfig.model_validate(settings)
     except ValidationError as error:
@@ -107,13 +109,59 @@ def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[s
     return keys
 
 
+def _annotation(key: str) -> Any:
+    """The type of the known key `key`."""
+    *sections, name = key.split(".")
+    section = RunConfig
+    for part in sections:
+        section = section.model_fields[part].annotation
+    return section.model_fields[name].annotation
+
+
+def _booleans(settings: dict[str, Any], prefix: str = "") -> Iterator[ErrorDetails]:
+    """Booleans where none belong: pydantic would take `yes`, which is `True` to YAML, for the number 1."""
+    known = known_keys()
+    for name, value in settings.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _booleans(value, f"{key}.")
+            continue
+        items = value if isinstance(value, list) else [value]
+        if key in known and _annotation(key) is not bool and any(isinstance(item, bool) for item in items):
+            message = "Input should not be yes or no"
+            yield ErrorDetails(type="boolean", loc=tuple(key.split(".")), msg=message, input=value)
+
+
 def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as the standard has it: a key that comes twice in a mapping is an error, not the last one's."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} comes twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return node
+
+
+def _parse_yaml(text: str) -> Any:
+    """Raises `yaml.YAMLError`."""
+    try:
+        return yaml.load(text, _Loader)
+    except ValueError as error:  # such as a date in month 13
+        raise yaml.YAMLError(str(error)) from error
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = _parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"Cannot read the config {path}: {error.strerror}.") from None
     except UnicodeDecodeError:
@@ -136,7 +184,10 @@ def _apply_override(settings: dict[str, Any], override: str, path: Path) -> str:
     if key not in known_keys():
         raise ConfigError(f"The override {override!r} has an unknown key {key!r}; {_suggest(key)}.")
     try:
-        value = yaml.safe_load(text)
+        value: Any = text.strip()
+        # 2024-05-01 is a fine name of a folder, whatever YAML takes it for; only quotes are not part of it.
+        if not value or value[0] in "'\"" or _annotation(key) not in (Path, str):
+            value = _parse_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(
             f"The value of the override {override!r} is not valid YAML: {_yaml_problem(error)}."
@@ -172,6 +223,8 @@ def _describe(error: ErrorDetails, path: Path, overridden: list[str]) -> str:
     match error["type"]:
         case "extra_forbidden":
             return f"{origin}: unknown key {key!r}; {_suggest(key)}."
+        case "missing" if isinstance(error["loc"][-1], int):
+            return f"{origin}: {key.rpartition('.')[0]} needs more numbers than {given!r}."
         case "missing":
             return f"{origin}: the key {key} is missing; add it to the file or pass {key}=... as an override."
         case "model_type":
@@ -180,8 +233,7 @@ def _describe(error: ErrorDetails, path: Path, overridden: list[str]) -> str:
             rule = error["msg"].removeprefix("Value error, ")
             return f"{origin}: {key}: {rule}."
         case _:
-            rule = error["msg"].replace("Input should", "should", 1)
-            return f"{origin}: {key} {rule}, not {given!r}."
+            return f"{origin}: {key}: {error['msg']}, but it is {given!r}."
 
 
 def _keys_at(prefix: str) -> str:

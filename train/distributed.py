@@ -48,7 +48,8 @@ def process_group(device_choice: str) -> Iterator[World]:
     """The ranks that torchrun's environment variables (RANK, WORLD_SIZE, LOCAL_RANK) name, or a single one.
 
     `device_choice` is "cpu", "cuda" or "auto". Uses NCCL between GPUs and gloo between CPU processes.
-    Raises `TrainingError` where "cuda" has no GPU for this process.
+    Raises `TrainingError` where "cuda" has no GPU for this process. After an error inside, a group of GPUs is
+    left to the end of the process.
     """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
@@ -63,8 +64,11 @@ def process_group(device_choice: str) -> Iterator[World]:
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=TIMEOUT, device_id=device_id)
     try:
         yield World(rank, size, device)
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if backend == "gloo":  # NCCL could wait forever for collectives that this rank will never join
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def _choose_device(choice: str, local_rank: int) -> torch.device:
@@ -73,7 +77,7 @@ def _choose_device(choice: str, local_rank: int) -> torch.device:
     gpus = torch.cuda.device_count()
     if local_rank >= gpus:
         raise TrainingError(
-            f"train.device is {choice}, but local rank {local_rank} needs a GPU of its own and this machine "
-            f"offers {gpus}; start fewer processes or set train.device=cpu."
+            f"The device is set to {choice}, but local rank {local_rank} needs a GPU of its own and this "
+            f"machine offers {gpus}; start fewer processes or compute on the CPU (device cpu)."
         )
     return torch.device("cuda", local_rank)

@@ -1,4 +1,7 @@
-"""The errors that configuration and training raise for the user to read."""
+"""The errors that configuration and training raise for the user to read, and all errors of that kind."""
+
+from model.errors import ModelError
+from pipelines.errors import DataError
 
 
 class ConfigError(ValueError):
@@ -7,3 +10,6 @@ class ConfigError(ValueError):
 
 class TrainingError(RuntimeError):
     """One sentence: why training cannot start or go on, and what to do about it."""
+
+
+USER_ERRORS = (ConfigError, DataError, ModelError, TrainingError)

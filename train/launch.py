@@ -13,14 +13,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from model.errors import ModelError
-from pipelines.errors import DataError
 from train.config import RunConfig
-from train.errors import ConfigError, TrainingError
+from train.errors import USER_ERRORS, TrainingError
 from train.loop import RunResult, pretrain
 from train.metrics import StepReport
 
-_USER_ERRORS = (ConfigError, DataError, ModelError, TrainingError)
 _GRACE_SECONDS = 5  # for the rank with the cause of a failure to report after one that fell with it
 
 
@@ -90,7 +87,7 @@ def _supervise(
             deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
     if failures:
         # A rank that loses its peers fails too, with a library's error: the cause is the one for the user.
-        raise next((f for f in failures if isinstance(f, _USER_ERRORS)), failures[0])
+        raise next((f for f in failures if isinstance(f, USER_ERRORS)), failures[0])
     assert result is not None
     return result
 
@@ -126,7 +123,7 @@ def _run_rank(config: RunConfig, environment: dict[str, str], sender: Connection
         result = pretrain(config, on_step=sender.send if is_main else None)
         if is_main:
             sender.send(result)
-    except _USER_ERRORS as error:
+    except USER_ERRORS as error:
         sender.send(error)
     except KeyboardInterrupt:
         pass  # the parent has it too and speaks for all

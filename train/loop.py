@@ -46,7 +46,7 @@ def pretrain(config: RunConfig, on_step: Callable[[StepReport], None] | None = N
     steps. Raises `DataError`, `ModelError` or `TrainingError`, with the last checkpoint intact.
     """
     with process_group(config.train.device) as world:
-        torch.backends.cudnn.benchmark = True  # the shapes never change
+        configure_backends(config)
         loader = build_loader(
             config.data,
             seed=config.seed,
@@ -57,6 +57,12 @@ def pretrain(config: RunConfig, on_step: Callable[[StepReport], None] | None = N
         )
         with closing(loader):
             return _Run(config, world, loader).train(on_step)
+
+
+def configure_backends(config: RunConfig) -> None:
+    """Set cuDNN up for the run: shapes never change, and fp32 is not rounded to TensorFloat-32."""
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = config.train.precision != "fp32"
 
 
 def build_twin(config: RunConfig, device: torch.device) -> Twin:

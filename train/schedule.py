@@ -10,7 +10,7 @@ BASE_BATCH_SIZE = 256  # the rates in the config are for a global batch of this 
 
 @dataclass(frozen=True)
 class LearningRates:
-    """Rates of the two parameter groups of `train.optim.parameter_groups`."""
+    """Rates of the two parameter groups of `train.optim.build_optimizer`."""
 
     weights: float
     biases: float

@@ -1,4 +1,7 @@
-"""One training step: distort, forward, loss, backward, optimiser. Nothing in it waits for the host.
+"""One training step: distort, forward, loss, backward, optimiser.
+
+The host queues all of it on the device and waits for none, with one exception: on several GPUs the forward
+pass of torch's `SyncBatchNorm` asks the device, layer by layer, which ranks have samples.
 
 Shape legend: V views (2), N samples of this rank, C colours (3), H and W pixels, D embedding width.
 """

@@ -1,16 +1,14 @@
 """`fastbarlow bench loader`: how many pairs of views each loader delivers per second, side by side."""
 
 from collections.abc import Callable, Sequence
-from itertools import islice
 from statistics import median
 from typing import Any
 
 import torch
 
-from pipelines.batch import NUM_VIEWS
 from pipelines.errors import DataError
 from pipelines.loaders import build_loader
-from tools.bench.timing import endless, seconds_for
+from tools.bench.timing import drop, endless, seconds_for, warmup_batches
 from tools.environment import describe_environment
 from train.config import RunConfig
 
@@ -27,8 +25,8 @@ def bench_loaders(
     """Pairs/s of each named loader on the dataset and with the settings of `config`.
 
     The loaders take turns, each time built anew, so that a slow moment of the machine hits all of them. Each
-    turn first takes as many batches unmeasured as the loader prepares ahead, and at least 2. A loader that
-    cannot read the dataset is listed with its reason. Raises `DataError` where none can.
+    turn first takes more batches unmeasured than a loader prepares ahead. A loader that cannot read the
+    dataset is listed with its reason. Raises `DataError` where none can.
     """
     rates: dict[str, list[float]] = {name: [] for name in names}
     unavailable: dict[str, str] = {}
@@ -67,8 +65,7 @@ def _pairs_per_second(config: RunConfig, name: str, batches: int, device: torch.
     loader = build_loader(data, seed=config.seed, batch_size=config.train.batch_size, device=device)
     stream = endless(loader)
     try:
-        for _ in islice(stream, max(NUM_VIEWS, data.prefetch)):
-            pass
+        drop(stream, warmup_batches(data))
         return batches * config.train.batch_size / seconds_for(stream, batches, device)
     finally:
         stream.close()

@@ -7,6 +7,9 @@ from itertools import count, islice, pairwise
 import torch
 
 from pipelines.batch import Batch, Loader
+from pipelines.config import DataConfig
+
+MIN_WARMUP = 5  # steps or batches; compilers, autotuners and pools of memory settle meanwhile
 
 
 def synchronise(device: torch.device) -> None:
@@ -21,12 +24,25 @@ def endless(loader: Loader) -> Iterator[Batch]:
         yield from loader.epoch(epoch)
 
 
+def warmup_batches(config: DataConfig) -> int:
+    """How many batches to drop before a loader's speed can be measured.
+
+    More than it holds ready or under way while nobody takes any: those would come faster than it makes them.
+    """
+    return max(MIN_WARMUP, config.prefetch + config.workers) + 1
+
+
+def drop(stream: Iterator[Batch], batches: int) -> None:
+    """Take that many batches away."""
+    for _ in islice(stream, batches):
+        pass
+
+
 def seconds_for(stream: Iterator[Batch], batches: int, device: torch.device) -> float:
     """Wall time in which `stream` delivers that many batches to a consumer that only takes them."""
     synchronise(device)
     start = time.perf_counter()
-    for _ in islice(stream, batches):
-        pass
+    drop(stream, batches)
     synchronise(device)
     return time.perf_counter() - start
 

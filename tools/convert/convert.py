@@ -1,8 +1,10 @@
 """An image folder becomes one FFCV dataset file, or nothing at all."""
 
+import fcntl
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +13,7 @@ import cv2
 import numpy as np
 
 from pipelines.errors import DataError
+from pipelines.threads import keep_torch_threads
 from tools.convert.images import ImageFile, RgbImages, find_faults, list_images, printable
 from tools.convert.manifest import ConvertSettings, LeftOut, Manifest, manifest_path, save_manifest
 
@@ -42,16 +45,12 @@ def convert(
     # 1.
     classes, files = list_images(source)
     report = progress or (lambda done, total: None)
-    beton_part, manifest_part = (
-        path.with_name(f".{path.name}.{os.getpid()}.part") for path in (target, manifest_path(target))
-    )
-    try:
-        beton_part.touch()  # fails here rather than after the first pass
+    with _part_files(target) as (beton_part, manifest_part):
         # 2.
         faults = find_faults(files, max_side, workers, lambda done: report(done, 2 * len(files)))
         usable = [file for file, fault in zip(files, faults, strict=True) if fault is None]
         left_out = tuple(
-            LeftOut(file=printable(file.path.relative_to(source)), reason=fault)
+            LeftOut(file=printable(Path(file.path).relative_to(source)), reason=fault)
             for file, fault in zip(files, faults, strict=True)
             if fault is not None
         )
@@ -62,7 +61,8 @@ def convert(
                 "put at least one image into a sub-folder."
             )
         # 3.
-        from tools.convert.writer import write_beton
+        with keep_torch_threads():
+            from tools.convert.writer import write_beton
 
         write_beton(
             RgbImages(usable),
@@ -81,25 +81,49 @@ def convert(
             _flush(part)
             part.replace(path)
         _flush(target.parent)
+    return manifest
+
+
+@contextmanager
+def _part_files(target: Path) -> Iterator[tuple[Path, Path]]:
+    """Temporary names of dataset and manifest, for one conversion at a time; nothing is left there.
+
+    The names are fixed, so that what a killed conversion leaves is overwritten by the next one.
+    Raises `DataError` where another conversion holds them, and for every `OSError` in the block.
+    """
+    beton_part, manifest_part = (
+        path.with_name(f".{path.name}.part") for path in (target, manifest_path(target))
+    )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with beton_part.open("ab") as lock:  # fails here rather than after the first pass
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise DataError(
+                    f"Another conversion to {target} is running; wait for its end or choose another target."
+                ) from error
+            except OSError:
+                pass  # a file system without locks
+            try:
+                yield beton_part, manifest_part
+            finally:
+                beton_part.unlink(missing_ok=True)
+                manifest_part.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(
             f"The dataset cannot be written to {target}: {error.strerror}; "
             "choose another target or free some space."
         ) from error
-    finally:
-        beton_part.unlink(missing_ok=True)
-        manifest_part.unlink(missing_ok=True)
-    return manifest
 
 
 def _check_settings(target: Path, max_side: int, quality: int, workers: int) -> None:
     """Raise `DataError` for a target that cannot be one and for numbers out of range."""
     if target.suffix != ".beton":
+        folder = target if target.is_dir() else target.parent
         raise DataError(
-            f"The target {target} must end in .beton; write {target.with_suffix('.beton')} instead."
+            f"The target {target} must end in .beton; name a file such as {folder / 'dataset.beton'}."
         )
-    if not target.parent.is_dir():
-        raise DataError(f"The target's folder {target.parent} does not exist; create it first.")
     if target.is_dir():
         raise DataError(f"The target {target} is a folder; choose another name.")
     for name, value, low, high in (

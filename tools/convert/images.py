@@ -2,27 +2,26 @@
 
 import ctypes
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, has_file_allowed_extension, make_dataset
 
 from pipelines.errors import DataError
+from pipelines.source import decode_rgb
 from tools.processes import PROCESSES, run_processes
 
 MAX_SOURCE_SIDE = 65535  # JPEG's limit, and that of the size fields of FFCV's format
 
 
-@dataclass(frozen=True)
-class ImageFile:
-    """One candidate: the file and the position of its class."""
+class ImageFile(NamedTuple):
+    """One candidate: the file and the position of its class. Small, as there may be millions."""
 
-    path: Path
+    path: str
     label: int
 
 
@@ -49,39 +48,31 @@ def list_images(source: Path) -> tuple[list[str], list[ImageFile]]:
             f"The image folder {source} cannot be read: {error.strerror}; give a readable folder "
             "with one sub-folder per class."
         ) from error
-    return classes, [ImageFile(Path(path), label) for path, label in files]
-
-
-def read_rgb(path: Path) -> np.ndarray:
-    """uint8 pixels (height, width, 3) of an image file of any mode. Raises what Pillow raises."""
-    with Image.open(path) as image:
-        if image.mode.startswith("I;16"):
-            # Pillow would clip 16-bit values at 255 instead of scaling them.
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        elif image.mode in ("I", "F"):
-            raise ValueError(f"mode {image.mode}: 32-bit pixels have no fixed range")
-        return np.asarray(image.convert("RGB"))
+    return classes, [ImageFile(path, label) for path, label in files]
 
 
 def find_fault(file: ImageFile, max_side: int) -> str | None:
     """Why `file` cannot be in the dataset, or None. Decodes the whole image.
 
-    `max_side`: longest side of a stored image, in pixels.
+    `max_side`: longest side of a stored image, in pixels. Raises `MemoryError`: the image may be good.
     """
-    if not has_file_allowed_extension(file.path.name, IMG_EXTENSIONS):
+    path = Path(file.path)
+    if not has_file_allowed_extension(path.name, IMG_EXTENSIONS):
         return f"the name does not end in {', '.join(IMG_EXTENSIONS)}"
     try:
-        if not file.path.is_file():  # opening a pipe or a device might wait for ever
-            return "not a file" if file.path.exists() else "the link leads nowhere"
-        if file.path.stat().st_size == 0:
+        if not path.is_file():  # opening a pipe or a device might wait for ever
+            return "not a file" if path.exists() else "the link leads nowhere"
+        if path.stat().st_size == 0:
             return "the file is empty"
-        with Image.open(file.path) as image:
+        with Image.open(path) as image:
             width, height = image.size
         if max(width, height) > MAX_SOURCE_SIDE:
             return f"{width} x {height} pixels: a side exceeds {MAX_SOURCE_SIDE}"
         if int(max_side / max(width, height) * min(width, height)) < 1:  # FFCV's arithmetic
             return f"{width} x {height} pixels: nothing is left of the shorter side at max_side {max_side}"
-        read_rgb(file.path)
+        decode_rgb(path)
+    except MemoryError:
+        raise
     except UnidentifiedImageError:
         return "not an image"
     except OSError as error:
@@ -98,6 +89,7 @@ def find_faults(
 
     Raises `DataError` where a process dies.
     """
+    workers = min(workers, len(files))
     done = PROCESSES.Value(ctypes.c_uint64, 0)
     shares = run_processes(
         [partial(_find_share, files[worker::workers], max_side, done) for worker in range(workers)],
@@ -121,7 +113,7 @@ def _find_share(files: list[ImageFile], max_side: int, done: Any) -> list[str | 
 class RgbImages:
     """The indexable dataset that FFCV's writer reads: (uint8 pixels (height, width, 3), label)."""
 
-    def __init__(self, files: list[ImageFile]) -> None:
+    def __init__(self, files: Sequence[ImageFile] | Mapping[int, ImageFile]) -> None:
         self.files = files
 
     def __len__(self) -> int:
@@ -131,11 +123,17 @@ class RgbImages:
         """Raises `DataError` where the file is no longer what it was when it was checked."""
         file = self.files[index]
         try:
-            return read_rgb(file.path), file.label
+            return np.asarray(decode_rgb(Path(file.path))), file.label
+        except MemoryError:
+            raise
         except Exception as error:
             raise DataError(
                 f"{file.path} changed or vanished during the conversion ({error}); convert again."
             ) from error
+
+    def only(self, indices: Iterable[int]) -> "RgbImages":
+        """The images at these positions, at the same positions: less to send to a worker than all."""
+        return RgbImages({index: self.files[index] for index in indices})
 
 
 def printable(path: str | Path) -> str:

@@ -5,17 +5,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from pipelines.errors import DataError
+from pipelines.config import Section
 
 Count = Annotated[int, Field(ge=0)]
-
-
-class Section(BaseModel):
-    """A frozen group of facts in which an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class LeftOut(Section):
@@ -54,19 +48,3 @@ def manifest_path(dataset: Path) -> Path:
 def save_manifest(manifest: Manifest, path: Path) -> None:
     """Write the manifest as indented JSON. Raises `OSError` where the disk does not take it."""
     path.write_text(json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
-
-
-def load_manifest(path: Path) -> Manifest:
-    """Read a manifest. Raises `DataError` where the file is missing or is no manifest."""
-    try:
-        return Manifest.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise DataError(
-            f"The manifest {path} cannot be read: {error.strerror}; convert the images again."
-        ) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise DataError(
-            f"{path} is not a dataset manifest ({where}: {first['msg']}); convert the images again."
-        ) from error

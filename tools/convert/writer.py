@@ -42,7 +42,7 @@ def write_beton(
         "label": IntField(),
     }
     writer = _WatchedWriter(path, fields, page_size, workers, progress)
-    writer.from_indexed_dataset(images, chunksize=CHUNK)
+    writer.from_indexed_dataset(images, indices=range(len(images)), chunksize=CHUNK)
     check_beton(path, [file.label for file in images.files])
 
 
@@ -103,10 +103,12 @@ class _WatchedWriter(DatasetWriter):
         allocator.next_page_allocated = PROCESSES.Value(ctypes.c_uint64, 0)
         allocator.next_page_written = PROCESSES.Value(ctypes.c_uint64, 0)
         arguments = (self.metadata_sm, self.metadata_type, self.fields, allocator, done)
-        jobs = [
-            partial(_write_share, work_fn, chunks[worker :: self.num_workers], arguments, extra_worker_args)
-            for worker in range(self.num_workers)
-        ]
+        (images,) = extra_worker_args
+        jobs = []
+        for worker in range(self.num_workers):
+            share = chunks[worker :: self.num_workers]
+            own_images = images.only(index for chunk in share for _, index in chunk)
+            jobs.append(partial(_write_share, work_fn, share, arguments, own_images))
         try:
             # 2.
             # The counter is read without its lock: a dead worker may hold it.
@@ -119,7 +121,7 @@ class _WatchedWriter(DatasetWriter):
 
 
 def _write_share(
-    work_fn: Callable, chunks: list, arguments: tuple, extra_worker_args: tuple
+    work_fn: Callable, chunks: list, arguments: tuple, images: RgbImages
 ) -> list[tuple[int, int, int]]:
     """Run FFCV's worker job on `chunks`; return its allocations: sample, address, size in bytes."""
     cv2.setNumThreads(0)  # one process per core is enough
@@ -127,5 +129,5 @@ def _write_share(
     allocations: SimpleQueue = SimpleQueue()
     for chunk in [*chunks, None]:
         work.put(chunk)
-    work_fn(work, *arguments, allocations, *extra_worker_args)
+    work_fn(work, *arguments, allocations, images)
     return allocations.get()

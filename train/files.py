@@ -1,0 +1,32 @@
+"""Files that are either whole or not there at all."""
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Replace `path` by what `write` puts into the file it is given; survives a crash at any moment.
+
+    1. write beside it  2. flush to the disk  3. rename over it  4. flush the folder's entry
+    Errors of `write` and `OSError` pass through, and nothing stays beside `path`. Up to step 3 `path` still
+    holds what it held before; where only step 4 fails it holds the new content.
+    """
+    beside = path.with_name(f"{path.name}.tmp")
+    try:
+        with beside.open("wb") as file:
+            write(file)  # 1
+            file.flush()  # 2
+            os.fsync(file.fileno())
+        beside.replace(path)  # 3
+    except BaseException:
+        with contextlib.suppress(OSError):  # such as where a parent of the path is a file
+            beside.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)  # 4
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
