@@ -16,6 +16,7 @@ from model.errors import ModelError
 from model.weights import IMAGENET, Normalisation
 from pipelines.errors import DataError
 from pipelines.source import Source, read_image
+from pipelines.workers import be_quiet_about_a_lost_consumer
 
 Progress = Callable[[int, int], None]  # images done, images in all
 
@@ -46,6 +47,7 @@ def extract_features(
         num_workers=config.workers,
         collate_fn=_stack,
         pin_memory=device.type == "cuda",
+        worker_init_fn=be_quiet_about_a_lost_consumer,
     )
     mean_C11, std_C11 = (torch.tensor(values, device=device).view(-1, 1, 1) for values in normalisation)
     features_NF: Tensor | None = None

@@ -12,6 +12,7 @@ from pipelines.batch import NUM_VIEWS, Batch, ViewParams
 from pipelines.errors import DataError
 from pipelines.loaders import EpochLoader, LoaderJob
 from pipelines.source import Source, open_source, read_image
+from pipelines.workers import be_quiet_about_a_lost_consumer
 
 Task = tuple[int, np.ndarray]  # epoch and sample indices of one batch
 Loaded = tuple[Tensor, ViewParams, Tensor, Tensor]  # the fields of `Batch`, on the CPU
@@ -34,6 +35,7 @@ class FolderLoader(EpochLoader):
             prefetch_factor=-(-job.config.prefetch // workers) if workers else None,
             persistent_workers=workers > 0,
             pin_memory=job.device.type == "cuda",
+            worker_init_fn=be_quiet_about_a_lost_consumer,
         )
 
     def close(self) -> None:
