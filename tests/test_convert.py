@@ -44,18 +44,29 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
-@pytest.fixture
-def heavy_folder(tmp_path: Path) -> Path:
-    """240 files of noise in two classes: enough for several pages of the dataset file and both workers."""
+def noise_folder(tmp_path: Path, side: int, ending: str) -> Path:
+    """240 files of noise in two classes, links to six images that are `side` pixels high."""
     rng = np.random.default_rng(2)
     for i in range(6):
-        noise = rng.integers(0, 256, (300, 300 + i, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(tmp_path / f"{i}.bmp")
+        noise = rng.integers(0, 256, (side, side + i, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{i}.{ending}")
     for label in ("a", "b"):
         (tmp_path / "images" / label).mkdir(parents=True)
         for i in range(120):
-            (tmp_path / "images" / label / f"{i:03}.bmp").symlink_to(tmp_path / f"{i % 6}.bmp")
+            (tmp_path / "images" / label / f"{i:03}.{ending}").symlink_to(tmp_path / f"{i % 6}.{ending}")
     return tmp_path / "images"
+
+
+@pytest.fixture
+def heavy_folder(tmp_path: Path) -> Path:
+    """Enough for several pages of the dataset file and both workers."""
+    return noise_folder(tmp_path, 300, "bmp")
+
+
+@pytest.fixture
+def slow_folder(tmp_path: Path) -> Path:
+    """Takes a worker seconds to read, so that it is at work whenever it is looked at."""
+    return noise_folder(tmp_path, 900, "png")
 
 
 def stored(path: Path) -> list[tuple[int, bytes]]:
@@ -301,7 +312,7 @@ def test_interrupt_leaves_the_old_dataset_and_no_processes(
 
 
 @pytest.mark.parametrize("phase", ["check", "write"])
-def test_killed_worker_ends_the_conversion(phase: str, heavy_folder: Path, tmp_path: Path) -> None:
+def test_killed_worker_ends_the_conversion(phase: str, slow_folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "out" / "x.beton"
     target.parent.mkdir()
     killed = []
@@ -312,7 +323,7 @@ def test_killed_worker_ends_the_conversion(phase: str, heavy_folder: Path, tmp_p
             killed[0].kill()
 
     with pytest.raises(DataError, match=r"worker process died"):
-        convert(heavy_folder, target, workers=2, progress=kill_one)
+        convert(slow_folder, target, workers=2, progress=kill_one)
     assert files_beside(target) == set()
     assert multiprocessing.active_children() == []
 
