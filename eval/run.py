@@ -15,6 +15,8 @@ from model.weights import IMAGENET, Normalisation, read_weights
 from pipelines.errors import DataError
 from pipelines.source import Source
 
+Features = tuple[Tensor, Tensor, Tensor, Tensor]  # features and labels of `train`, then of `test`
+
 
 @dataclass(frozen=True)
 class EvalResult:
@@ -28,7 +30,8 @@ class EvalResult:
     accuracy: dict[str, float]  # shares, 0 to 1: top1, for the linear probe also top5
 
 
-def evaluate_knn(
+def evaluate(
+    protocol: str,
     model: Path | nn.Module,
     train: Source,
     test: Source,
@@ -38,7 +41,7 @@ def evaluate_knn(
     *,
     normalisation: Normalisation | None = None,
 ) -> EvalResult:
-    """Weighted kNN accuracy on `test` with `train` as the neighbours.
+    """Run `protocol`, a key of `PROTOCOLS`: learn from the features of `train`, classify those of `test`.
 
     `model` is a checkpoint, an exported file or a backbone. `normalisation` defaults to the file's own,
     and to ImageNet's for a backbone. `progress` counts the images of both datasets.
@@ -47,24 +50,23 @@ def evaluate_knn(
     `ModelError` where the file cannot be used.
     """
     features = _extract(model, train, test, config, device, progress, normalisation)
-    accuracy = {"top1": knn_accuracy(*features, config.knn, device)}
-    return _result("knn", train, test, config, accuracy)
+    accuracy = PROTOCOLS[protocol](features, config, device)
+    settings = config.model_dump(mode="json", include={"features", protocol})
+    return EvalResult(protocol, settings, len(train), len(test), len(train.classes), accuracy)
 
 
-def evaluate_linear(
-    model: Path | nn.Module,
-    train: Source,
-    test: Source,
-    config: EvalConfig,
-    device: torch.device | str,
-    progress: Progress | None = None,
-    *,
-    normalisation: Normalisation | None = None,
-) -> EvalResult:
-    """Accuracy on `test` of a linear classifier trained on `train`; otherwise as `evaluate_knn`."""
-    features = _extract(model, train, test, config, device, progress, normalisation)
-    accuracy = asdict(linear_probe(*features, config.linear, device))
-    return _result("linear", train, test, config, accuracy)
+def _knn(features: Features, config: EvalConfig, device: torch.device | str) -> dict[str, float]:
+    """Weighted votes of the nearest neighbours."""
+    return {"top1": knn_accuracy(*features, config.knn, device)}
+
+
+def _linear(features: Features, config: EvalConfig, device: torch.device | str) -> dict[str, float]:
+    """A linear classifier."""
+    return asdict(linear_probe(*features, config.linear, device))
+
+
+# By the name of the section of `EvalConfig` that holds the protocol's settings.
+PROTOCOLS = {"knn": _knn, "linear": _linear}
 
 
 def _extract(
@@ -75,7 +77,7 @@ def _extract(
     device: torch.device | str,
     progress: Progress | None,
     normalisation: Normalisation | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Features:
     """Features and labels of `train`, then of `test`."""
     if train.classes != test.classes:
         raise DataError(
@@ -106,10 +108,3 @@ def _shifted(progress: Progress, before: int, total: int) -> Progress:
 def _first_difference(train: Source, test: Source) -> str:
     only = sorted(set(train.classes) ^ set(test.classes))
     return f"only one has {only[0]!r}" if only else "their order"
-
-
-def _result(
-    protocol: str, train: Source, test: Source, config: EvalConfig, accuracy: dict[str, float]
-) -> EvalResult:
-    settings = config.model_dump(mode="json", include={"features", protocol})
-    return EvalResult(protocol, settings, len(train), len(test), len(train.classes), accuracy)

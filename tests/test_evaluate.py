@@ -11,7 +11,7 @@ import torch
 from eval.config import EvalConfig
 from eval.features import extract_features
 from eval.knn import knn_accuracy
-from eval.run import evaluate_knn, evaluate_linear
+from eval.run import PROTOCOLS, evaluate
 from model.weights import IMAGENET, Normalisation, read_weights
 from pipelines.errors import DataError
 from pipelines.source import FolderSource
@@ -44,12 +44,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, write_checkpoint: Calla
     return path
 
 
-@pytest.mark.parametrize(("evaluate", "protocol"), [(evaluate_knn, "knn"), (evaluate_linear, "linear")])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_brightness_classes_are_told_apart_and_the_result_is_plain_data(
-    checkpoint: Path, sources: tuple, evaluate: Callable, protocol: str
+    checkpoint: Path, sources: tuple, protocol: str
 ) -> None:
     calls: list[tuple[int, int]] = []
-    result = evaluate(checkpoint, *sources, CONFIG, "cpu", lambda *call: calls.append(call))
+    result = evaluate(protocol, checkpoint, *sources, CONFIG, "cpu", lambda *call: calls.append(call))
     assert result.accuracy["top1"] > 0.9
     assert (result.train_images, result.test_images, result.num_classes) == (30, 15, 3)
     assert result.settings == CONFIG.model_dump(mode="json", include={"features", protocol})
@@ -67,16 +67,16 @@ def test_images_are_normalised_as_in_the_run(
         return extract_features(*arguments, normalisation=normalisation)
 
     monkeypatch.setattr("eval.run.extract_features", spy)
-    evaluate_knn(checkpoint, *sources, CONFIG, "cpu")
+    evaluate("knn", checkpoint, *sources, CONFIG, "cpu")
     assert used == [STATISTICS] * 2
-    evaluate_knn(read_weights(checkpoint).build(), *sources, CONFIG, "cpu")
+    evaluate("knn", read_weights(checkpoint).build(), *sources, CONFIG, "cpu")
     assert used[2:] == [IMAGENET] * 2
 
 
 def test_backbone_and_its_file_give_the_same_figure(checkpoint: Path, sources: tuple) -> None:
     backbone = read_weights(checkpoint).build()
-    result = evaluate_knn(backbone, *sources, CONFIG, "cpu", normalisation=STATISTICS)
-    assert result == evaluate_knn(checkpoint, *sources, CONFIG, "cpu")
+    result = evaluate("knn", backbone, *sources, CONFIG, "cpu", normalisation=STATISTICS)
+    assert result == evaluate("knn", checkpoint, *sources, CONFIG, "cpu")
     train, test = (
         extract_features(backbone, source, CONFIG.features, "cpu", normalisation=STATISTICS)
         for source in sources
@@ -99,4 +99,4 @@ def test_datasets_with_different_classes_are_one_sentence(
 ) -> None:
     write_images(tmp_path / "other", ["a", "b", "d"], per_class=1)
     with pytest.raises(DataError, match=r"The classes of .*train and .*other differ \(only one has 'c'\)"):
-        evaluate_knn(checkpoint, sources[0], FolderSource(tmp_path / "other"), CONFIG, "cpu")
+        evaluate("knn", checkpoint, sources[0], FolderSource(tmp_path / "other"), CONFIG, "cpu")

@@ -1,6 +1,5 @@
 """`fastbarlow eval ...`: how good the frozen features of a backbone are."""
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +11,6 @@ from tools.options import Device, Json
 
 if TYPE_CHECKING:
     from eval.config import EvalConfig
-    from eval.run import EvalResult
     from model.weights import BackboneWeights
 
 Checkpoint = Annotated[
@@ -73,11 +71,9 @@ def knn(
         fastbarlow eval knn runs/a/checkpoint.pt train.beton val.beton
         fastbarlow eval knn resnet50.pth imagenet/train imagenet/val --k 20 --json
     """
-    from eval.run import evaluate_knn
-
     features = {"image_size": image_size, "resize": resize, "batch_size": batch_size, "workers": workers}
     options = {"features": features, "knn": {"k": k, "temperature": temperature}}
-    _evaluate(evaluate_knn, checkpoint, train, test, options, device, as_json)
+    _evaluate("knn", checkpoint, train, test, options, device, as_json)
 
 
 @eval_app.command()
@@ -115,16 +111,14 @@ def linear(
         fastbarlow eval linear runs/a/checkpoint.pt train.beton val.beton
         fastbarlow eval linear resnet50.pth train.beton val.beton --epochs 50 --lr 1.0 --json
     """
-    from eval.run import evaluate_linear
-
     features = {"image_size": image_size, "resize": resize, "batch_size": batch_size, "workers": workers}
     probe = {"epochs": epochs, "lr": lr, "weight_decay": weight_decay, "seed": seed}
     options = {"features": features, "linear": probe}
-    _evaluate(evaluate_linear, checkpoint, train, test, options, device, as_json)
+    _evaluate("linear", checkpoint, train, test, options, device, as_json)
 
 
 def _evaluate(
-    evaluate: Callable[..., "EvalResult"],
+    protocol: str,
     checkpoint: Path,
     train: Path,
     test: Path,
@@ -132,6 +126,7 @@ def _evaluate(
     device: str,
     as_json: bool,
 ) -> None:
+    from eval.run import evaluate
     from model.weights import read_weights
     from pipelines.source import open_source
     from train.distributed import process_group
@@ -141,7 +136,13 @@ def _evaluate(
     sources = open_source(train), open_source(test)
     with process_group(device) as world, progress_bar("extracting features") as progress:
         result = evaluate(
-            weights.build(), *sources, config, world.device, progress, normalisation=weights.normalisation
+            protocol,
+            weights.build(),
+            *sources,
+            config,
+            world.device,
+            progress,
+            normalisation=weights.normalisation,
         )
     figures = ", ".join(f"{name} {share:.2%}" for name, share in result.accuracy.items())
     features = config.features
