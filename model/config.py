@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -14,13 +14,40 @@ class Section(BaseModel):
 class LossConfig(Section):
     """The Barlow Twins objective and the way it is computed."""
 
-    off_diagonal_weight: Annotated[float, Field(ge=0)] = Field(
-        0.0051, description="Lambda: weight of the redundancy term (authors' code: 0.0051)."
+    invariance_weight: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="Weight of the invariance term; 0 leaves the redundancy term alone."
     )
-    algorithm: Literal["auto", "dense", "gram"] = "auto"
+    off_diagonal_weight: Annotated[float, Field(ge=0)] = Field(
+        0.0051,
+        description="Lambda: weight of the redundancy term (authors' code: 0.0051); 0 leaves the invariance "
+        "term alone.",
+    )
+    normalise: Literal["batch", "features", "none"] = Field(
+        "batch",
+        description="What precedes the products of the features: each feature standardised over the batch "
+        "(the paper's loss); that, and then each sample on the unit sphere; or only centred features.",
+    )
+    temperature: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Takes the cross-entropy with this temperature instead of the squares."
+    )
+    algorithm: Literal["auto", "dense", "gram", "sharded"] = Field(
+        "auto", description="Equal in result; auto takes the one that should be the quickest."
+    )
+    implementation: Literal["auto", "torch", "triton"] = Field(
+        "auto", description="Of the passes around the matrix products; auto takes triton where it can run."
+    )
     reference_world_size: Annotated[int, Field(ge=1)] = Field(
         1, description="Divides the gradient, as training on that many GPUs does in the authors' code."
     )
+
+    @model_validator(mode="after")
+    def _cross_entropy_has_an_algorithm(self) -> "LossConfig":
+        if self.temperature is not None and self.algorithm not in ("auto", "dense"):
+            raise ValueError(
+                f"algorithm must be auto or dense where there is a temperature, not {self.algorithm}: the "
+                "cross-entropy needs every element of C"
+            )
+        return self
 
 
 class ModelConfig(Section):

@@ -1,9 +1,122 @@
-"""Which of the exact algorithms is the cheapest, by arithmetic alone."""
+"""Which of the exact algorithms is the quickest that fits, by arithmetic alone.
+
+Shape legend: W ranks, n samples of a rank, N = W n of the global batch, D embedding width, d = D / W columns.
+"""
+
+from typing import NamedTuple
+
+ALGORITHMS_PLANNED = ("dense", "gram", "sharded")
+SUM_BYTES = 4  # of float32, in which all sums are taken
+COLLECTIVE_SECONDS = 30e-6  # what a collective costs whatever it carries
 
 
-def choose_algorithm(global_batch: int, width: int) -> str:
-    """ "gram" where two N x N products cost less than one D x D product and its gradients, else "dense".
+class Hardware(NamedTuple):
+    """What one rank has."""
 
-    Forward and backward take 6 N D^2 flop for dense and 8 N^2 D for gram, so they break even at N = 0.75 D.
+    flops: float  # matrix products, operations per second
+    memory_bandwidth: float  # bytes per second
+    link_bandwidth: float  # bytes per second that the rank can send
+    memory: float  # bytes that the loss may take
+
+
+class Estimate(NamedTuple):
+    """What one algorithm costs one rank, forward and backward."""
+
+    algorithm: str
+    flop: float  # of the matrix products
+    bytes_sent: float  # ring all-reduce and all-gather, direct all-to-all
+    peak_bytes: float  # beyond the embeddings, their gradients included
+    milliseconds: float  # predicted
+
+
+class Plan(NamedTuple):
+    """The estimates of all algorithms, the chosen one's name, and why it was chosen, as a sentence."""
+
+    estimates: list[Estimate]
+    algorithm: str
+    reason: str
+
+
+def plan(N: int, D: int, W: int, operand_bytes: int, hardware: Hardware) -> Plan:
+    """Compare the algorithms for embeddings of `operand_bytes` an element."""
+    estimates = [estimate(name, N, D, W, operand_bytes, hardware) for name in ALGORITHMS_PLANNED]
+    if W == 1 or D < W:
+        estimates.pop()  # nothing to shard
+    fitting = [e for e in estimates if e.peak_bytes <= hardware.memory]
+    if not fitting:
+        best = min(estimates, key=lambda e: e.peak_bytes)
+        return Plan(estimates, best.algorithm, f"{best.algorithm} needs the least memory, and none fits.")
+    best = min(fitting, key=lambda e: e.milliseconds)
+    reason = f"{best.algorithm} is predicted to be the quickest"
+    if len(fitting) < len(estimates):
+        left_out = " and ".join(e.algorithm for e in estimates if e not in fitting)
+        reason += f" that fits into memory, which {left_out} would not"
+    return Plan(estimates, best.algorithm, f"{reason}.")
+
+
+def estimate(name: str, N: int, D: int, W: int, operand_bytes: int, hardware: Hardware) -> Estimate:
+    """The cost of one algorithm; n and d are rounded up."""
+    costs = {"dense": _dense, "gram": _gram, "sharded": _sharded}[name]
+    flop, bytes_sent, collectives, peak_bytes, bytes_moved = costs(N, D, W, operand_bytes)
+    seconds = (
+        flop / hardware.flops
+        + bytes_moved / hardware.memory_bandwidth
+        + (bytes_sent / hardware.link_bandwidth + collectives * COLLECTIVE_SECONDS if W > 1 else 0)
+    )
+    return Estimate(name, flop, bytes_sent, peak_bytes, 1000 * seconds)
+
+
+def _all_reduce(elements: float, W: int) -> float:
+    """Bytes that each rank of a ring sends to sum that many float32 elements."""
+    return 2 * (W - 1) / W * SUM_BYTES * elements
+
+
+def _passes(rows: float, columns: float, e: int) -> float:
+    """Bytes moved by the passes around the products: 9 over operands, 4 over float32 products, both views.
+
+    Moments read Z; normalisation reads Z and writes A; the products read A twice; the column reduction reads
+    A and P; the gradients read A, B and P and write dZ. The products write P.
     """
-    return "gram" if global_batch < 0.75 * width else "dense"
+    return 2 * rows * columns * (9 * e + 4 * SUM_BYTES)
+
+
+def _statistics(D: int, W: int) -> float:
+    """Bytes sent for counts, means, moments, and the backward pass's column reduction."""
+    return _all_reduce((2 + 3 + 2) * D, W) + _all_reduce(2 * W, W)
+
+
+def _dense(N: int, D: int, W: int, e: int) -> tuple[float, ...]:
+    n = -(-N // W)
+    bytes_sent = _all_reduce(D * D, W) + _statistics(D, W)
+    views = 2 * n * D
+    copy = D * D * e if e < SUM_BYTES else 0  # of C as an operand
+    forward = views * e + D * D * SUM_BYTES + copy
+    backward = views * (2 * e + SUM_BYTES) + D * D * e
+    moved = _passes(n, D, e) + D * D * (4 * SUM_BYTES + 2 * e) + (D * D * SUM_BYTES + copy if copy else 0)
+    return 6 * n * D * D, bytes_sent, 5, max(forward, backward), moved
+
+
+def _gram(N: int, D: int, W: int, e: int) -> tuple[float, ...]:
+    n = -(-N // W)
+    bytes_sent = 2 * (W - 1) * n * D * e + _all_reduce(1, W) + _statistics(D, W)
+    views = 2 * n * D
+    gathered = 2 * N * D * e if W > 1 else 0
+    grams = 2 * n * N
+    copy = grams * e if e < SUM_BYTES else 0
+    forward = views * e + gathered + grams * SUM_BYTES + copy
+    backward = views * (2 * e + SUM_BYTES) + gathered + grams * e
+    moved = _passes(n, D, e) + 4 * N * D * e * (W > 1) + grams * (3 * SUM_BYTES + 2 * e)
+    return 8 * n * N * D, bytes_sent, 7, max(forward, backward), moved
+
+
+def _sharded(N: int, D: int, W: int, e: int) -> tuple[float, ...]:
+    n, d = -(-N // W), -(-D // W)
+    exchanged = 2 * n * (D - d) * e  # both views' columns that other ranks own
+    bytes_sent = 2 * exchanged + _all_reduce(N * N + N + D, W) + _all_reduce(2 * W, W)
+    views = 2 * N * d
+    message = N * N * SUM_BYTES
+    copy = 2 * N * N * e if e < SUM_BYTES else 0
+    forward = 2 * views * e + 3 * message + copy
+    backward = views * (3 * e + SUM_BYTES) + 2 * N * N * e
+    moved = _passes(N, d, e) + 4 * views * e + 12 * message + 4 * N * N * e
+    return 8 * N * N * d, bytes_sent, 6, max(forward, backward), moved

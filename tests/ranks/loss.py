@@ -1,21 +1,36 @@
-"""One rank of the multi-process test of the loss: its rows in, its terms and gradients out."""
+"""One rank of the multi-process tests of the loss: its rows in, its terms and gradients out."""
 
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from model.config import LossConfig
-from model.loss import ALGORITHMS, barlow_loss
+from model.loss import barlow_loss
+from model.norm import synchronise_norms
 
 folder = Path(sys.argv[1])
 dist.init_process_group("gloo")
 rank, world_size = dist.get_rank(), dist.get_world_size()
-rows = [z.chunk(world_size)[rank] for z in torch.load(folder / "z.pt")]
-for algorithm in ALGORITHMS:
+given = torch.load(folder / "given.pt", weights_only=False)
+
+rows = [z.chunk(world_size)[rank] for z in given["embeddings"]]
+embeddings = []
+for config in given["configs"]:
     z_a, z_b = (z.clone().requires_grad_() for z in rows)
-    terms = barlow_loss(z_a, z_b, LossConfig(algorithm=algorithm))
+    terms = barlow_loss(z_a, z_b, config)
     terms.total.backward()
-    torch.save(([t.detach() for t in terms], z_a.grad, z_b.grad), folder / f"{algorithm}-{rank}.pt")
+    embeddings.append(([t.detach() for t in terms], z_a.grad, z_b.grad))
+
+x_a, x_b = (x.chunk(world_size)[rank] for x in given["inputs"])
+network = DistributedDataParallel(synchronise_norms(given["network"]))
+parameters = []
+for config in given["configs"]:
+    network.zero_grad(set_to_none=True)
+    loss = barlow_loss(network(x_a), network(x_b), config).total
+    (loss * world_size).backward()
+    parameters.append([p.grad for p in network.parameters()])
+
+torch.save({"embeddings": embeddings, "parameters": parameters}, folder / f"rank-{rank}.pt")
 dist.destroy_process_group()
