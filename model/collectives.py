@@ -17,6 +17,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def is_first_rank() -> bool:
+    """Whether this is rank 0, or the only one."""
+    return world_size() == 1 or dist.get_rank() == 0
+
+
 def sum_over_ranks(x: Tensor) -> Tensor:
     """Sum of `x` over all ranks, as a new tensor."""
     return x.detach() if world_size() == 1 else sum_over_ranks_(x.detach().clone())

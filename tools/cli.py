@@ -170,10 +170,11 @@ def pretrain(
         torchrun --nproc-per-node 8 -m tools.cli pretrain configs/imagenet.yaml
     """
     from train.config import load_config
-    from train.launch import launch
+    from train.launch import launch, show_notes
     from train.loop import pretrain as pretrain_run
 
     run = load_config(config, overrides or [])
+    show_notes()
     num_processes = 1 if "RANK" in os.environ else procs or _default_processes(run)
     is_main = int(os.environ.get("RANK", 0)) == 0
     try:

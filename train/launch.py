@@ -1,5 +1,6 @@
 """Several local processes without torchrun: one per rank, supervised by this one."""
 
+import logging
 import os
 import threading
 import time
@@ -58,6 +59,12 @@ def launch(
             process.join(_GRACE_SECONDS)
             process.kill()
             process.join()
+
+
+def show_notes() -> None:
+    """Let what the parts of the trainer choose for themselves appear on standard error."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("model").setLevel(logging.INFO)
 
 
 def _supervise(
@@ -119,6 +126,7 @@ def _run_rank(config: RunConfig, environment: dict[str, str], sender: Connection
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(max(1, torch.get_num_threads() // int(environment["WORLD_SIZE"])))
     is_main = environment["RANK"] == "0"
+    show_notes()
     try:
         result = pretrain(config, on_step=sender.send if is_main else None)
         if is_main:

@@ -13,7 +13,7 @@ from torch import nn
 
 from model.collectives import world_size
 from model.loss import BarlowLoss, barlow_loss
-from pipelines.augment.torch_ops import distort
+from pipelines.augment import distort
 from pipelines.batch import Batch
 from train.config import RunConfig
 from train.optim import Lars, build_optimizer

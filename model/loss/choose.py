@@ -2,31 +2,40 @@
 
 import importlib
 import importlib.util
+import logging
 import os
-import warnings
 from functools import cache
 from types import ModuleType
 
 import torch
 
-from model.collectives import first_ranks
+from model.collectives import first_ranks, is_first_rank
 from model.loss.hardware import hardware_at_hand
-from model.loss.plan import ALGORITHMS_PLANNED, plan
+from model.loss.plan import ALGORITHMS_PLANNED, Plan, plan
+
+_log = logging.getLogger(__name__)
 
 IMPLEMENTATIONS = {"torch": "model.loss.torch_ops", "triton": "model.loss.kernels"}
 
 
+def plan_at_hand(N: int, D: int, W: int, dtype: torch.dtype, device: torch.device) -> Plan:
+    """The plan for N samples of all W ranks, D features and this rank's hardware and free memory."""
+    return plan(N, D, W, dtype.itemsize, hardware_at_hand(device, dtype, W))
+
+
 @cache
 def choose_algorithm(N: int, D: int, W: int, dtype: torch.dtype, device: torch.device) -> str:
-    """The plan's choice on the first rank's hardware, and with its free memory at the first call."""
-    chosen = plan(N, D, W, dtype.itemsize, hardware_at_hand(device, dtype, W)).algorithm
-    return ALGORITHMS_PLANNED[first_ranks(ALGORITHMS_PLANNED.index(chosen), device)]
+    """The first rank's plan at the first call, for all ranks; logged once."""
+    chosen = plan_at_hand(N, D, W, dtype, device)
+    if is_first_rank():
+        _log.info("Loss for %d samples of width %d, ranks: %d. %s.", N, D, W, chosen.reason.capitalize())
+    return ALGORITHMS_PLANNED[first_ranks(ALGORITHMS_PLANNED.index(chosen.algorithm), device)]
 
 
 def choose_operations(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
     """The module for `implementation` "auto", "torch" or "triton" and for embeddings of `dtype`.
 
-    "auto" is Triton on CUDA and torch elsewhere. Where Triton cannot serve, a warning says so once, and torch
+    "auto" is Triton on CUDA and torch elsewhere. Where Triton cannot serve, the log says so once, and torch
     does the work.
     """
     if name == "auto":
@@ -52,4 +61,4 @@ def _why_triton_cannot(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
+    _log.warning(message)

@@ -30,7 +30,7 @@ class Estimate(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The estimates of all algorithms, the chosen one's name, and why it was chosen, as a sentence."""
+    """The estimates of all algorithms, the chosen one's name, and why it was chosen."""
 
     estimates: list[Estimate]
     algorithm: str
@@ -43,15 +43,16 @@ def plan(N: int, D: int, W: int, operand_bytes: int, hardware: Hardware) -> Plan
     if W == 1 or D < W:
         estimates.pop()  # nothing to shard
     fitting = [e for e in estimates if e.peak_bytes <= hardware.memory]
+    times = ", ".join(f"{e.algorithm} {e.milliseconds:.3g} ms" for e in estimates)
     if not fitting:
         best = min(estimates, key=lambda e: e.peak_bytes)
-        return Plan(estimates, best.algorithm, f"{best.algorithm} needs the least memory, and none fits.")
+        return Plan(estimates, best.algorithm, f"{best.algorithm} needs the least memory, and none fits")
     best = min(fitting, key=lambda e: e.milliseconds)
-    reason = f"{best.algorithm} is predicted to be the quickest"
+    reason = f"{best.algorithm} is predicted to be the quickest ({times})"
     if len(fitting) < len(estimates):
         left_out = " and ".join(e.algorithm for e in estimates if e not in fitting)
-        reason += f" that fits into memory, which {left_out} would not"
-    return Plan(estimates, best.algorithm, f"{reason}.")
+        reason += f" of those that fit into memory, as {left_out} would not"
+    return Plan(estimates, best.algorithm, reason)
 
 
 def estimate(name: str, N: int, D: int, W: int, operand_bytes: int, hardware: Hardware) -> Estimate:

@@ -100,11 +100,12 @@ def embedding_gradients(
     dA = alpha P_A + B g is N times the gradient for the normalised view, and q = mean(dA A) over the global
     batch follows from `reduced_2D`, the sum of `column_reduction` over all its rows, because mean(B A) is the
     diagonal of C. Where that is None the views were only centred, and q is 0. Batch-norm's other term,
-    mean(dA), is 0 always: dA is a combination of samples of views whose columns have zero mean.
+    mean(dA), is 0 always: dA is a combination of samples of views whose columns have zero mean. May overwrite
+    P.
     """
     grads = []
     for view, (p_nD, x_nD, other_nD) in enumerate([(p_a_nD, a_nD, b_nD), (p_b_nD, b_nD, a_nD)]):
-        grad_nD = torch.addcmul(alpha * p_nD, other_nD.to(p_nD.dtype), g_D)
+        grad_nD = p_nD.mul_(alpha).addcmul_(other_nD.to(p_nD.dtype), g_D)
         if reduced_2D is not None:
             q_D = alpha * reduced_2D[view] / N + g_D * diagonal_D
             grad_nD = grad_nD.addcmul_(x_nD.to(p_nD.dtype), q_D, value=-1)
