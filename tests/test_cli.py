@@ -29,6 +29,7 @@ COMMANDS = [
     [],
     ["demo"],
     ["convert"],
+    ["show-views"],
     ["pretrain"],
     ["eval"],
     ["eval", "knn"],
@@ -37,6 +38,7 @@ COMMANDS = [
     ["bench"],
     ["bench", "loader"],
     ["bench", "loss"],
+    ["bench", "augment"],
     ["export"],
 ]
 CLASSES = ["ant", "bee", "cat"]
@@ -225,13 +227,15 @@ def test_profile_writes_its_files_and_prints_json(root: Path, tmp_path: Path) ->
     assert (tmp_path / "profile.png").stat().st_size > 0
 
 
-def test_benchmarks_print_json(root: Path) -> None:
+def test_benchmarks_print_json(root: Path, tmp_path: Path) -> None:
     loader = measure(
         "bench", "loader", root / "tiny.yaml", "--only", "folder", "--repeats", 1, "--batches", 1
     )
     assert loader["median_pairs_per_second"]["folder"] > 0
-    loss = measure("bench", "loss", "--samples", 4, "--width", 8, "--repeats", 1, "--device", "cpu")
-    assert loss["dense_over_gram"] > 0
+    size = "--samples", 4, "--width", 8, "--repeats", 1
+    loss = measure("bench", "loss", *size, "--device", "cpu", "--out", tmp_path / "loss.md")
+    assert [row["algorithm"] for row in loss["rows"]] == ["dense", "gram"]
+    assert "| gram torch |" in (tmp_path / "loss.md").read_text()
 
 
 def test_exported_backbone_evaluates_like_its_checkpoint(
@@ -379,6 +383,7 @@ def test_interrupted_pretraining_says_how_to_go_on(root: Path, tmp_path: Path) -
     overrides = f"run_dir={tmp_path / 'run'}", "train.epochs=100000"
     process = in_a_process("pretrain", root / "tiny.yaml", *overrides)
     try:
+        assert process.stderr.readline().startswith("Loss for 8 samples of width ")
         assert process.stderr.readline().startswith("step 1/200000  loss ")
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=120)

@@ -7,7 +7,7 @@ import pytest
 from train.config import RunConfig, known_keys, load_config, save_config
 from train.errors import ConfigError
 
-RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 MINIMAL = "run_dir: runs/x\ndata:\n  path: images\n"
 
 
@@ -49,6 +49,14 @@ def test_overrides_replace_the_file_and_leave_their_neighbours(recipe: Path) -> 
     recipe.write_text(MINIMAL + "train:\n  epochs: 50\n  batch_size: 64\n  optim:\n")
     config = load_config(recipe, ["train.epochs=30", "train.optim.lr_weights=0.3", "train.epochs=40"])
     assert (config.train.epochs, config.train.batch_size, config.train.optim.lr_weights) == (40, 64, 0.3)
+
+
+def test_a_setting_of_the_second_view_leaves_its_other_defaults(recipe: Path) -> None:
+    """They are not the first view's."""
+    augment = load_config(recipe, ["data.augment.view_b.jitter_p=0.5"]).data.augment
+    view_b = augment.view_b
+    assert (view_b.jitter_p, view_b.blur_p, view_b.solarize_p) == (0.5, 0.1, 0.2)
+    assert (augment.view_a.blur_p, augment.view_a.solarize_p) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -233,6 +233,45 @@ def profile(
 
 
 @app.command()
+def show_views(
+    dataset: Annotated[
+        Path,
+        typer.Argument(metavar="DATASET", help="A .beton file, or a folder with one sub-folder per class."),
+    ],
+    out: Annotated[Path, typer.Option(help="The .png file to write.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Recipe with the distortions, loader and image size.",
+            show_default="the paper's distortions, loader folder",
+        ),
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, max=64, help="How many, a row of the picture each.")] = 8,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**64 - 1, help="Default the recipe's, or 0.")
+    ] = None,
+    epoch: Annotated[int, typer.Option(min=0, help="Each epoch draws anew.")] = 0,
+    size: Annotated[
+        int | None, typer.Option(min=8, max=512, help="Pixels; default the recipe's, or 224.")
+    ] = None,
+) -> None:
+    """Draw a picture of images, their two distorted views and the numbers drawn for them.
+
+    They are the first images of that epoch of training, with the very crops and colours that the trainer sees
+    on this dataset with that recipe and seed. Needs no GPU.
+
+    Examples
+
+        fastbarlow show-views train.beton --out views.png
+        fastbarlow show-views train.beton --out views.png --config configs/cifar10.yaml --epoch 7
+    """
+    from tools.show_views import show_views as write_picture
+
+    shown = write_picture(dataset, out, config, num_images=images, seed=seed, epoch=epoch, size=size)
+    say(f"{out}: {shown} images with their views.")
+
+
+@app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run's checkpoint.pt.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write, .pth or .safetensors.")],
