@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Strength = Annotated[float, Field(ge=0, le=1)]
@@ -42,17 +42,31 @@ class ViewConfig(Section):
         return self
 
 
+# What the second view does differently (paper, appendix A).
+VIEW_B = {"blur_p": 0.1, "solarize_p": 0.2}
+
+
 class AugmentConfig(Section):
     """Both views' distortions and the normalisation after them."""
 
     view_a: ViewConfig = ViewConfig()
-    view_b: ViewConfig = ViewConfig(blur_p=0.1, solarize_p=0.2)
+    view_b: ViewConfig = ViewConfig(**VIEW_B)
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: Annotated[tuple[float, float, float], Field(description="Per channel, all positive.")] = (
         0.229,
         0.224,
         0.225,
     )
+    implementation: Annotated[
+        Literal["auto", "torch", "numba", "triton"],
+        Field(description="What distorts: auto is triton on CUDA devices and numba on the CPU."),
+    ] = "auto"
+
+    @field_validator("view_b", mode="before")
+    @classmethod
+    def _settings_of_view_b_join_its_own_defaults(cls, view: object) -> object:
+        """Else a recipe that sets one of them would give the second view the first one's defaults."""
+        return VIEW_B | view if isinstance(view, dict) else view
 
     @model_validator(mode="after")
     def _std_is_positive(self) -> "AugmentConfig":

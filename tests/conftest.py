@@ -39,6 +39,36 @@ def run_ranks() -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
+def kernel_device() -> torch.device:
+    """Where this process can run Triton kernels: a CUDA device, or the CPU in a child of `run_interpreted`.
+
+    Tests that use it are marked `gpu`, and run in both places; elsewhere they skip.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device; Triton's interpreter runs this test in a child process")
+    return torch.device("cuda")
+
+
+@pytest.fixture(scope="session")
+def run_interpreted() -> Callable[[str], None]:
+    """Run a test file's `gpu` tests on the CPU, in Triton's interpreter; fails with their output if one does.
+
+    In a child process, because the interpreter is chosen when Triton is imported.
+    """
+
+    def run(test_file: str) -> None:
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu", test_file]
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment["OMP_NUM_THREADS"] = "1"
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        assert result.returncode == 0 and " passed" in result.stdout, result.stdout + result.stderr
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def write_checkpoint() -> Callable[..., torch.nn.Module]:
     """Save a checkpoint of a twin with random weights and batch-norm statistics; returns the twin.
 

@@ -8,14 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.loss import ALGORITHMS
 from pipelines.config import DataConfig
 from pipelines.errors import DataError
 from tools import profile as profile_tool
 from tools.bench import loader as loader_bench
 from tools.bench import timing
 from tools.bench.loader import bench_loaders
-from tools.bench.loss import bench_loss
 from tools.bench.timing import PhaseTimer, endless
 from tools.figures import PHASE_COLOURS
 from tools.profile import Profile, check_writable, profile_run, write_profile
@@ -227,13 +225,3 @@ def test_loader_benchmark_names_loaders_that_cannot_read_the_data(config: RunCon
 def test_loader_benchmark_without_any_usable_loader_is_an_error(config: RunConfig) -> None:
     with pytest.raises(DataError, match="beton"):
         bench_loaders(config, ["ffcv"], repeats=1, batches=1, device=CPU)
-
-
-def test_loss_benchmark_measures_every_algorithm() -> None:
-    result = bench_loss(samples=8, width=16, repeats=3, device=CPU)
-    assert result["seconds"].keys() == ALGORITHMS.keys()
-    for name, seconds in result["seconds"].items():
-        assert len(seconds) == 3
-        assert result["median_seconds"][name] == sorted(seconds)[1]
-    ratio = result["median_seconds"]["dense"] / result["median_seconds"]["gram"]
-    assert result["dense_over_gram"] == ratio

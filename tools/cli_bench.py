@@ -1,6 +1,7 @@
 """`fastbarlow bench ...`: one part of the trainer, several ways, side by side."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
@@ -63,31 +64,110 @@ def loader(
 
 @bench_app.command()
 def loss(
-    samples: Annotated[int, typer.Option(min=2, help="Samples of the batch, N.")] = 256,
-    width: Annotated[int, typer.Option(min=1, help="Width of the embeddings, D.")] = 1024,
+    samples: Annotated[
+        list[int] | None,
+        typer.Option(min=2, help="Samples of the global batch, N; may be given several times. [256, 2048]"),
+    ] = None,
+    width: Annotated[int, typer.Option(min=2, help="Width of the embeddings, D.")] = 8192,
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"], typer.Option(help="Precision of the embeddings.")
+    ] = "fp32",
+    algorithm: Annotated[
+        list[str] | None,
+        typer.Option(help="Measure this algorithm; may be given several times. [all of the plan]"),
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Measured rounds; the median counts.")] = 5,
+    procs: Annotated[
+        int, typer.Option(min=1, help="Ranks on this machine: on GPUs if there is one for each.")
+    ] = 1,
     device: Device = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.md", help="Also write the tables and versions there."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """How long each algorithm of the loss takes, forward and backward, on random float32 embeddings.
+    """How the loss does against the authors' code: time, peak memory, precision, bytes sent.
 
-    All algorithms give the same loss; "chosen" is the one that model.loss.algorithm=auto takes. Writes no
-    files.
+    Forward and backward on random embeddings; all variants take turns. "/ products" is the time over that of
+    the algorithm's matrix products alone, "error" the gradient's relative distance from the definition in
+    float64. What the plan expects, by which model.loss.algorithm=auto chooses, stands beneath.
 
     Examples
 
-        fastbarlow bench loss --samples 2048 --width 8192
-        fastbarlow bench loss --samples 256 --width 8192 --repeats 9 --json
+        fastbarlow bench loss
+        fastbarlow bench loss --samples 2048 --dtype bf16 --algorithm gram --repeats 9 --json
+        fastbarlow bench loss --samples 256 --width 1024 --procs 4 --device cpu
     """
     from tools.bench.loss import bench_loss
+    from tools.bench.loss_table import as_markdown, loss_tables
+    from train.errors import ConfigError
+
+    if out is not None and not out.resolve().parent.is_dir():
+        raise ConfigError(f"Cannot write {out}: its folder does not exist; create it first.")
+    with progress_bar("measuring") as progress:
+        result = bench_loss(
+            samples or [256, 2048],
+            width,
+            dtype=dtype,
+            algorithms=algorithm or [],
+            repeats=repeats,
+            device=device,
+            processes=procs,
+            progress=progress,
+        )
+    for title, rows in loss_tables(result):
+        show_table(title, rows, as_json=as_json)
+    if out is not None:
+        out.write_text(as_markdown(result), encoding="utf-8")
+        say(f"Written to {out}.", as_json=as_json)
+    if as_json:
+        show_json(result)
+
+
+@bench_app.command()
+def augment(
+    size: Annotated[int, typer.Option(min=8, max=512, help="Side of the views, in pixels.")] = 224,
+    batch: Annotated[int, typer.Option(min=1, help="Pairs of views in a batch.")] = 128,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured turns of each; the median counts.")] = 5,
+    images: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Crops of these images instead of drawn ones."),
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """How fast each implementation distorts uint8 crops into normalised views, and the authors' PIL code.
+
+    All cores work for each of them; the authors' code runs in one process per core. On a GPU, torchvision's
+    v2 transforms on each sample and Kornia on the batch are there to compare with. Writes no files.
+
+    Examples
+
+        fastbarlow bench augment
+        fastbarlow bench augment --size 96 --images imagenet/train --repeats 9 --json
+    """
+    from tools.bench.augment import bench_augment
     from train.distributed import process_group
 
-    with process_group(device) as world:
-        result = bench_loss(samples, width, repeats, world.device)
-    rows = [("algorithm", "ms")]
-    rows += [(name, f"{1000 * seconds:.2f}") for name, seconds in result["median_seconds"].items()]
-    show_table(f"N = {samples}, D = {width}, median of {repeats}", rows, as_json=as_json)
-    ratio = result["dense_over_gram"]
-    say(f"dense / gram = {ratio:.2f}; auto takes {result['chosen']}.", as_json=as_json)
+    with process_group(device) as world, progress_bar("measuring") as progress:
+        result = bench_augment(
+            world.device, size=size, batch=batch, repeats=repeats, images=images, progress=progress
+        )
+    rows = [("implementation", "on", "dtype", "pairs/s", "us per view", "times the authors'")]
+    rows += [
+        (
+            row["implementation"],
+            row["device"],
+            row["dtype"],
+            f"{row['pairs_per_second']:.0f}",
+            f"{row['us_per_view']:.4g}",
+            f"{row['ratio_to_authors']:.2f}",
+        )
+        for row in result["rows"]
+    ]
+    show_table(f"{size} px, batches of {batch}, median of {repeats}", rows, as_json=as_json)
+    for name, reason in result["unavailable"].items():
+        say(f"{name} {reason}.", as_json=as_json)
     if as_json:
         show_json(result)

@@ -55,7 +55,7 @@ def barlow_loss(z_a_nD: Tensor, z_b_nD: Tensor, config: LossConfig) -> BarlowLos
             f"The sharded loss gives each rank a share of the features, but there are {width} for {W} ranks; "
             "set model.loss.algorithm to gram."
         )
-    with torch.autocast(device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False), torch.cuda.device_of(z_a_nD):
         if config.normalise != "batch" or config.temperature is not None:  # ablations, kept simple
             dtype = torch.promote_types(z_a_nD.dtype, torch.float32)
             z_a_nD, z_b_nD = z_a_nD.to(dtype), z_b_nD.to(dtype)

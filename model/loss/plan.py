@@ -82,8 +82,8 @@ def _passes(rows: float, columns: float, e: int) -> float:
 
 
 def _statistics(D: int, W: int) -> float:
-    """Bytes sent for counts, means, moments, and the backward pass's column reduction."""
-    return _all_reduce((2 + 3 + 2) * D, W) + _all_reduce(2 * W, W)
+    """Bytes sent for means and moments (float64), the column reduction of the backward pass, and counts."""
+    return _all_reduce((2 * (2 + 3) + 2) * D, W) + _all_reduce(2 * W, W)
 
 
 def _dense(N: int, D: int, W: int, e: int) -> tuple[float, ...]:

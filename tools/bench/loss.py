@@ -1,53 +1,335 @@
-"""`fastbarlow bench loss`: forward and backward of every algorithm of the loss, side by side.
+"""`fastbarlow bench loss`: every algorithm of the loss against the authors' formulation, side by side.
 
-Shape legend: N samples of the batch, D embedding width.
+Shape legend: n samples of a rank, N of the global batch, D embedding width, d columns of a rank.
 """
 
+import math
 import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from itertools import product as combinations
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from model.collectives import column_shares, gather_rows, world_size
 from model.config import LossConfig
 from model.loss import ALGORITHMS, barlow_loss
-from model.loss.plan import choose_algorithm
+from model.loss.choose import IMPLEMENTATIONS, choose_operations
+from model.loss.hardware import hardware_at_hand
+from model.loss.plan import Plan, plan
+from model.loss.products import product
+from model.loss.reference import reference_loss
+from tools.bench.authors import AuthorsLoss
+from tools.bench.memory import peak_bytes, return_freed_memory
+from tools.bench.ranks import run_ranks
 from tools.bench.timing import synchronise
+from tools.bench.traffic import TrafficMeter
 from tools.environment import describe_environment
+from train.distributed import World, process_group
+from train.errors import ConfigError
+from train.step import DTYPES
+
+AUTHORS = "authors", "torch"
+CACHE_BYTES = 256 << 20  # more than any cache holds
+QUEUE_AHEAD_CYCLES = 100_000_000  # about 50 ms of a GPU, many times what the host needs to queue a call
+LOSS_SCALES = {torch.float16: 1024.0}  # what a gradient scaler would do: float16 has few small numbers
+
+Variant = tuple[str, str]  # algorithm, implementation
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def bench_loss(samples: int, width: int, repeats: int, device: torch.device) -> dict[str, Any]:
-    """Seconds of each algorithm on random embeddings (samples, width), float32, after one warm-up round.
+class Task(NamedTuple):
+    """One size of embeddings, and what to measure on it."""
 
-    The algorithms take turns, so that a slow moment of the machine hits all of them.
+    samples: int  # of the global batch, N
+    width: int
+    dtype: torch.dtype
+    algorithms: tuple[str, ...]  # none: those of the plan
+    repeats: int
+
+
+class Measured(NamedTuple):
+    """What one rank has found."""
+
+    seconds: dict[Variant, list[float]]
+    products_seconds: dict[str, list[float]]  # by algorithm
+    errors: dict[Variant, float | None]  # of the gradient; empty but on rank 0
+    sent: dict[Variant, int]  # bytes; empty but among CPU ranks
+    peaks: dict[Variant, int]  # bytes; empty on the CPU
+    plan: Plan
+
+
+def bench_loss(
+    samples: Sequence[int],
+    width: int,
+    *,
+    dtype: str = "fp32",
+    algorithms: Sequence[str] = (),
+    repeats: int = 5,
+    device: str = "auto",
+    processes: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Time, memory, precision and traffic of the loss, forward and backward, on random embeddings.
+
+    In every round each variant, the authors' formulation and the matrix products alone take their turn, so
+    that a slow moment of the machine hits all of them. One row for each size and variant; `speedup` is the
+    median of the rounds' ratios, `over_products` the ratio of two medians, and peaks are bytes beyond the
+    inputs. Among CPU ranks `bytes_sent` stands beside the plan's `bytes_planned`. `progress` hears of the
+    rounds of one process.
+
+    Raises `ConfigError` where samples, algorithms or processes do not fit, `DataError` where a rank fails.
     """
-    generator = torch.Generator(device).manual_seed(0)
-    z_a_ND, z_b_ND = (
-        torch.randn(samples, width, device=device, generator=generator, requires_grad=True) for _ in range(2)
-    )
-    rounds = [
-        {name: _time_once(name, z_a_ND, z_b_ND, device) for name in ALGORITHMS} for _ in range(1 + repeats)
-    ]
-    seconds = {name: [measured[name] for measured in rounds[1:]] for name in ALGORITHMS}
-    medians = {name: median(values) for name, values in seconds.items()}
+    kind = _check(samples, width, algorithms, device, processes)
+    rows, plans = [], []
+    for index, N in enumerate(samples):
+        task = Task(N, width, DTYPES[dtype], tuple(algorithms), repeats)
+        if processes > 1:
+            ranks = run_ranks(partial(measure, task), processes, kind)
+        else:
+            done = partial(_advance, progress, index * (1 + repeats), len(samples) * (1 + repeats))
+            with process_group(kind) as world:
+                ranks = [measure(task, world, done)]
+        peaks = [rank.peaks for rank in ranks]
+        if kind == "cpu":
+            peaks = run_ranks(partial(measure_peaks, task), processes, kind)
+        rows += _rows(task, dtype, kind, ranks, peaks)
+        chosen = ranks[0].plan
+        estimates = [estimate._asdict() for estimate in chosen.estimates]
+        plans.append({"n": N, "estimates": estimates, "algorithm": chosen.algorithm, "reason": chosen.reason})
     return {
         "bench": "loss",
-        "samples": samples,
-        "width": width,
-        "repeats": repeats,
-        "median_seconds": medians,
-        "dense_over_gram": medians["dense"] / medians["gram"],
-        "chosen": choose_algorithm(samples, width),
-        "seconds": seconds,
-        "environment": describe_environment(device),
+        "date": datetime.now(UTC).date().isoformat(),
+        "caches": "cold",
+        "rows": rows,
+        "plans": plans,
+        "environment": describe_environment(torch.device(kind)),
     }
 
 
-def _time_once(algorithm: str, z_a_ND: Tensor, z_b_ND: Tensor, device: torch.device) -> float:
-    z_a_ND.grad = z_b_ND.grad = None
-    synchronise(device)
-    start = time.perf_counter()
-    barlow_loss(z_a_ND, z_b_ND, LossConfig(algorithm=algorithm)).total.backward()
-    synchronise(device)
-    return time.perf_counter() - start
+def _check(samples: Sequence[int], width: int, algorithms: Sequence[str], device: str, processes: int) -> str:
+    """Refuse what cannot be measured; returns "cpu" or "cuda"."""
+    unknown = next((name for name in algorithms if name not in ALGORITHMS), None)
+    if unknown is not None:
+        raise ConfigError(f"There is no algorithm {unknown!r}; choose from {', '.join(ALGORITHMS)}.")
+    uneven = next((N for N in samples if N % processes or N < 2), None)
+    if uneven is not None:
+        raise ConfigError(f"{uneven} samples are not shared evenly by {processes} ranks; choose a multiple.")
+    if width < max(2, processes):
+        raise ConfigError(f"Embeddings of width {width} are too narrow for {processes} ranks; widen them.")
+    gpus = torch.cuda.device_count()
+    if device == "cuda" and gpus < processes:
+        raise ConfigError(
+            f"{processes} ranks on GPUs need one each and this machine offers {gpus}; start fewer or compute "
+            "on the CPU (--device cpu)."
+        )
+    return "cuda" if device != "cpu" and gpus >= processes else "cpu"
+
+
+def _advance(progress: Callable[[int, int], None] | None, before: int, total: int, rounds: int) -> None:
+    if progress is not None:
+        progress(before + rounds, total)
+
+
+def measure(task: Task, world: World, done: Callable[[int], None] | None = None) -> Measured:
+    """All of one rank's measurements but its memory on the CPU; `done` hears how many rounds are over."""
+    planned = plan(
+        task.samples,
+        task.width,
+        world.size,
+        task.dtype.itemsize,
+        hardware_at_hand(world.device, task.dtype, world.size),
+    )
+    losses, views = _losses(task, world), _views(task, world)
+    calls: dict[Any, Callable[[], Any]] = {
+        variant: partial(_gradients, loss, *views) for variant, loss in losses.items()
+    }
+    errors = _gradient_errors(task, world, calls)
+    sent, peaks = {}, {}
+    if world.device.type == "cuda":
+        peaks = {variant: peak_bytes(call, world.device) for variant, call in calls.items()}
+    elif world.size > 1:
+        sent = {variant: _bytes_sent(call) for variant, call in calls.items()}
+    algorithms = dict.fromkeys(algorithm for algorithm, _ in losses if algorithm in ALGORITHMS)
+    calls.update({algorithm: _products(algorithm, task, world) for algorithm in algorithms})
+    seconds: dict[Any, list[float]] = {name: [] for name in calls}
+    flush = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=world.device)
+    for turn in range(1 + task.repeats):
+        for name, call in calls.items():
+            elapsed = _seconds(call, flush)
+            if turn > 0:  # the first warms up
+                seconds[name].append(elapsed)
+        if done is not None:
+            done(turn + 1)
+    products_seconds = {algorithm: seconds.pop(algorithm) for algorithm in algorithms}
+    return Measured(seconds, products_seconds, errors, sent, peaks, planned)
+
+
+def measure_peaks(task: Task, world: World) -> dict[Variant, int]:
+    """Bytes that each variant takes on this rank, beyond its inputs; only in a fresh process on the CPU."""
+    return_freed_memory()
+    views = _views(task, world)
+    return {
+        variant: peak_bytes(partial(_gradients, loss, *views), world.device)
+        for variant, loss in _losses(task, world).items()
+    }
+
+
+def _views(task: Task, world: World) -> list[Tensor]:
+    """This rank's rows of two correlated views with uneven means; the batch does not depend on the ranks."""
+    generator = torch.Generator(world.device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=world.device)
+
+    shared_ND, mean_D = normal(task.samples, task.width), normal(task.width)
+    views_ND = [shared_ND + 0.5 * normal(task.samples, task.width) + mean_D for _ in range(2)]
+    return [z_ND.to(task.dtype).chunk(world.size)[world.rank].clone().requires_grad_() for z_ND in views_ND]
+
+
+def _losses(task: Task, world: World) -> dict[Variant, Loss]:
+    """The authors' loss first, then every algorithm in every implementation that serves the device."""
+    algorithms = task.algorithms or tuple(name for name in ALGORITHMS if world.size > 1 or name != "sharded")
+    weight = LossConfig().off_diagonal_weight
+    losses: dict[Variant, Loss] = {AUTHORS: AuthorsLoss(task.width, task.samples, weight, world.device)}
+    implementations = [
+        name
+        for name, module in IMPLEMENTATIONS.items()
+        if (name != "triton" or world.device.type == "cuda")
+        and choose_operations(name, world.device, task.dtype).__name__ == module
+    ]
+    for algorithm, implementation in combinations(algorithms, implementations):
+        config = LossConfig(algorithm=algorithm, implementation=implementation)
+        losses[algorithm, implementation] = partial(_total, config)
+    return losses
+
+
+def _total(config: LossConfig, z_a_nD: Tensor, z_b_nD: Tensor) -> Tensor:
+    return barlow_loss(z_a_nD, z_b_nD, config).total
+
+
+def _gradients(loss: Loss, z_a_nD: Tensor, z_b_nD: Tensor) -> tuple[Tensor, ...]:
+    """Forward and backward: the gradients for both views, times the loss scale of their precision."""
+    total = loss(z_a_nD, z_b_nD)
+    scale = torch.full_like(total, LOSS_SCALES.get(z_a_nD.dtype, 1.0))
+    return torch.autograd.grad(total, (z_a_nD, z_b_nD), scale)
+
+
+def _gradient_errors(
+    task: Task, world: World, calls: dict[Variant, Callable[[], tuple[Tensor, ...]]]
+) -> dict[Variant, float | None]:
+    """Distance of each gradient of the global batch from the definition's in float64, relative to its norm.
+
+    None for a gradient that is not finite. Only rank 0 knows.
+    """
+    gathered = {variant: [gather_rows(grad_nD) for grad_nD in call()] for variant, call in calls.items()}
+    if not world.is_main:
+        return {}
+    whole = _views(task, World(0, 1, world.device))
+    views = [z_ND.detach().double().requires_grad_() for z_ND in whole]
+    truth = torch.cat(torch.autograd.grad(reference_loss(*views, LossConfig())[0], views))
+    truth *= LOSS_SCALES.get(task.dtype, 1.0)
+    norm = torch.linalg.vector_norm(truth)
+    errors = {}
+    for variant, grads in gathered.items():
+        error = float(torch.linalg.vector_norm(torch.cat(grads).double() - truth) / norm)
+        errors[variant] = error if math.isfinite(error) else None
+    return errors
+
+
+def _bytes_sent(call: Callable[[], Any]) -> int:
+    dist.barrier()
+    meter = TrafficMeter()
+    call()
+    return meter.bytes_sent()
+
+
+def _products(algorithm: str, task: Task, world: World) -> Callable[[], Any]:
+    """The matrix products of one rank's forward and backward pass, and nothing else."""
+    N, D = task.samples, task.width
+    n, d = N // world.size, column_shares(D)[world.rank]
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=world.device).to(task.dtype)
+
+    if algorithm == "dense":
+        a_nD, b_nD, m_DD = random(n, D), random(n, D), random(D, D)
+        return lambda: (product(a_nD.T, b_nD), product(b_nD, m_DD.T), product(a_nD, m_DD))
+    rows, columns = (n, D) if algorithm == "gram" else (N, d)
+    a, b, k_a, k_b = random(N, columns), random(N, columns), random(rows, N), random(rows, N)
+    return lambda: (product(a[:rows], a.T), product(b[:rows], b.T), product(k_b, a), product(k_a, b))
+
+
+def _seconds(call: Callable[[], Any], flush: Tensor) -> float:
+    """Time of one call with cold caches, started by all ranks together.
+
+    On a GPU it is the time between two events in a queue that is filled while the GPU still waits before the
+    first of them, so the host's time to launch kernels does not count.
+    """
+    flush.zero_()
+    if world_size() > 1:
+        dist.barrier()
+    synchronise(flush.device)
+    if flush.device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(QUEUE_AHEAD_CYCLES)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+def _rows(
+    task: Task, dtype: str, kind: str, ranks: list[Measured], peaks: list[dict[Variant, int]]
+) -> list[dict[str, Any]]:
+    """One row for each variant. Of several ranks, the slowest, largest and busiest count."""
+
+    def slowest(times: list[list[float]]) -> list[float]:
+        return [1000 * max(turn) for turn in zip(*times, strict=True)]
+
+    authors_ms = slowest([rank.seconds[AUTHORS] for rank in ranks])
+    planned = {estimate.algorithm: estimate for estimate in ranks[0].plan.estimates}
+    rows = []
+    for variant in ranks[0].seconds:
+        if variant == AUTHORS:
+            continue
+        algorithm, implementation = variant
+        ms = slowest([rank.seconds[variant] for rank in ranks])
+        products_ms = slowest([rank.products_seconds[algorithm] for rank in ranks])
+        row = {
+            "n": task.samples,
+            "d": task.width,
+            "world": len(ranks),
+            "dtype": dtype,
+            "device": kind,
+            "algorithm": algorithm,
+            "implementation": implementation,
+            "ms": median(ms),
+            "ms_authors": median(authors_ms),
+            "speedup": median(a / b for a, b in zip(authors_ms, ms, strict=True)),
+            "products_ms": median(products_ms),
+            "over_products": median(ms) / median(products_ms),
+            "peak_bytes": max(peak[variant] for peak in peaks),
+            "peak_bytes_authors": max(peak[AUTHORS] for peak in peaks),
+            "grad_rel_err": ranks[0].errors[variant],
+            "grad_rel_err_authors": ranks[0].errors[AUTHORS],
+            "repeats": task.repeats,
+            "all_ms": ms,
+            "all_ms_authors": authors_ms,
+            "all_products_ms": products_ms,
+        }
+        if ranks[0].sent:
+            row["bytes_sent"] = max(rank.sent[variant] for rank in ranks)
+            row["bytes_sent_authors"] = max(rank.sent[AUTHORS] for rank in ranks)
+            row["bytes_planned"] = planned[algorithm].bytes_sent
+        rows.append(row)
+    return rows
