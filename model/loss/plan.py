@@ -43,7 +43,7 @@ def plan(N: int, D: int, W: int, operand_bytes: int, hardware: Hardware) -> Plan
     if W == 1 or D < W:
         estimates.pop()  # nothing to shard
     fitting = [e for e in estimates if e.peak_bytes <= hardware.memory]
-    times = ", ".join(f"{e.algorithm} {e.milliseconds:.3g} ms" for e in estimates)
+    times = ", ".join(f"{e.algorithm} {float(f'{e.milliseconds:.3g}'):,g} ms" for e in estimates)
     if not fitting:
         best = min(estimates, key=lambda e: e.peak_bytes)
         return Plan(estimates, best.algorithm, f"{best.algorithm} needs the least memory, and none fits")
