@@ -23,7 +23,7 @@ def is_first_rank() -> bool:
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """Sum of `x` over all ranks, as a new tensor."""
+    """Sum of `x` over all ranks; `x` keeps its values (and is the sum where there is one process)."""
     return x.detach() if world_size() == 1 else sum_over_ranks_(x.detach().clone())
 
 
@@ -34,7 +34,7 @@ def sum_over_ranks_(x: Tensor) -> Tensor:
     return x
 
 
-def first_ranks(value: int, device: torch.device) -> int:
+def from_first_rank(value: int, device: torch.device) -> int:
     """The first rank's `value`, on every rank; waits for the device where there are several."""
     if world_size() == 1:
         return value

@@ -1,7 +1,8 @@
 """One training step: distort, forward, loss, backward, optimiser.
 
-The host queues all of it on the device and waits for none, with one exception: on several GPUs the forward
-pass of torch's `SyncBatchNorm` asks the device, layer by layer, which ranks have samples.
+The host queues all of it on the device and waits for none, with two exceptions on several GPUs: the forward
+pass of torch's `SyncBatchNorm` asks the device, layer by layer, which ranks have samples, and the loss asks
+at the first step whether all have equally many.
 
 Shape legend: V views (2), N samples of this rank, C colours (3), H and W pixels, D embedding width.
 """

@@ -20,6 +20,8 @@ from model.loss.sharded import ShardedLoss
 
 ALGORITHMS = {"dense": DenseLoss, "gram": GramLoss, "sharded": ShardedLoss}
 
+DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
 _equal_rows = EqualRows()
 
 
@@ -34,11 +36,12 @@ class BarlowLoss(NamedTuple):
 def barlow_loss(z_a_nD: Tensor, z_b_nD: Tensor, config: LossConfig) -> BarlowLoss:
     """Loss of the global batch, whose statistics span all ranks (paper, equations 1 and 2).
 
-    Takes this rank's embeddings in any floating dtype. Half-precision embeddings stay so in the operands of
+    Takes this rank's embeddings in one of `DTYPES`. Half-precision embeddings stay so in the operands of
     matrix products; all sums, and the loss, are float32 (float64 for float64). The gradient on each rank is
     exactly d total / d z of its own rows, so a data-parallel *sum* of parameter gradients is the gradient of
     the global loss; a data-parallel *mean* must be multiplied by the world size. It cannot be differentiated
-    again. No call waits for an accelerator, but for the first with a new number of rows on several ranks.
+    again. On several ranks the host waits for the accelerator where the number of rows is not that of the
+    last call, and for the algorithm of a size that `auto` has not met before; otherwise never.
 
     Raises `ModelError` for views of different or unfit shapes or dtypes, and for ranks that hold different
     numbers of rows.
@@ -82,8 +85,8 @@ def _check(z_a_nD: Tensor, z_b_nD: Tensor) -> None:
         raise ModelError(
             f"The loss needs samples and features, not embeddings of shape {tuple(z_a_nD.shape)}."
         )
-    if z_a_nD.dtype != z_b_nD.dtype or not z_a_nD.is_floating_point() or z_a_nD.device != z_b_nD.device:
+    if z_a_nD.dtype != z_b_nD.dtype or z_a_nD.dtype not in DTYPES or z_a_nD.device != z_b_nD.device:
         raise ModelError(
-            f"The loss needs two embeddings of one floating dtype on one device, not {z_a_nD.dtype} on "
-            f"{z_a_nD.device} and {z_b_nD.dtype} on {z_b_nD.device}."
+            "The loss needs two embeddings of one dtype of 16, 32 or 64 bits on one device, not "
+            f"{z_a_nD.dtype} on {z_a_nD.device} and {z_b_nD.dtype} on {z_b_nD.device}."
         )

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from model.collectives import first_ranks, is_first_rank
+from model.collectives import from_first_rank, is_first_rank
 from model.loss.hardware import hardware_at_hand
 from model.loss.plan import ALGORITHMS_PLANNED, Plan, plan
 
@@ -29,7 +29,7 @@ def choose_algorithm(N: int, D: int, W: int, dtype: torch.dtype, device: torch.d
     chosen = plan_at_hand(N, D, W, dtype, device)
     if is_first_rank():
         _log.info("Loss for %d samples of width %d, ranks: %d. %s.", N, D, W, chosen.reason.capitalize())
-    return ALGORITHMS_PLANNED[first_ranks(ALGORITHMS_PLANNED.index(chosen.algorithm), device)]
+    return ALGORITHMS_PLANNED[from_first_rank(ALGORITHMS_PLANNED.index(chosen.algorithm), device)]
 
 
 def choose_operations(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
@@ -51,11 +51,22 @@ def _why_triton_cannot(device: torch.device, dtype: torch.dtype) -> str | None:
         return "they do not compute in float64"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    if device.type == "cpu":
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        return None if interpreted else "Triton does not compile for the CPU"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0):
+    if device.type == "cuda":
+        return _why_triton_does_not_start(device)
+    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return None if interpreted else f"Triton does not compile for the device {device.type}"
+
+
+@cache
+def _why_triton_does_not_start(device: torch.device) -> str | None:
+    if torch.cuda.get_device_capability(device) < (7, 0):
         return f"Triton does not support the {torch.cuda.get_device_name(device)}"
+    import triton
+
+    try:
+        triton.runtime.driver.active.get_current_target()  # builds Triton's own helper with the C compiler
+    except Exception as error:  # a missing compiler, driver or header: whatever it is, torch can do without
+        return f"Triton does not start ({str(error).splitlines()[0]})"
     return None
 
 

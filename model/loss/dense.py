@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.collectives import sum_over_ranks_, world_size
 from model.loss.first_order import first_derivative_only
-from model.loss.normalise import Normalised, gradients, normalise
+from model.loss.normalise import Normalised, gradients, normalise_views
 from model.loss.objective import Objective
 from model.loss.products import product
 
@@ -30,7 +30,7 @@ class DenseLoss(torch.autograd.Function):
         ctx, z_a_nD: Tensor, z_b_nD: Tensor, objective: Objective, ops: ModuleType
     ) -> tuple[Tensor, Tensor, Tensor]:
         N = len(z_a_nD) * world_size()
-        normalised = normalise(z_a_nD, z_b_nD, N, objective, ops)  # 1
+        normalised = normalise_views(z_a_nD, z_b_nD, N, objective, ops)  # 1
         a_nD, b_nD, _, diagonal_D = normalised
         c_DD = sum_over_ranks_(product(a_nD.T, b_nD)).div_(N)  # 2
         if objective.temperature is None:  # 3

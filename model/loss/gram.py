@@ -2,6 +2,9 @@
 
 sum_ij C_ij^2 = ||A^T B||^2 / N^2 = <A A^T, B B^T> / N^2, and only the diagonal of C is needed beside it.
 
+The redundancy is a difference here, which loses digits where it is far smaller than sum_i C_ii^2. With fewer
+samples than features it cannot be (C has at most rank N); with more, the dense algorithm is the cheaper one.
+
 Shape legend: n samples of this rank, N of the global batch, D embedding width.
 """
 
@@ -12,7 +15,7 @@ from torch import Tensor
 
 from model.collectives import gather_rows, sum_over_ranks_, world_size
 from model.loss.first_order import first_derivative_only
-from model.loss.normalise import Normalised, gradients, normalise
+from model.loss.normalise import Normalised, gradients, normalise_views
 from model.loss.objective import Objective
 from model.loss.products import product
 
@@ -32,7 +35,7 @@ class GramLoss(torch.autograd.Function):
         ctx, z_a_nD: Tensor, z_b_nD: Tensor, objective: Objective, ops: ModuleType
     ) -> tuple[Tensor, Tensor, Tensor]:
         N = len(z_a_nD) * world_size()
-        normalised = normalise(z_a_nD, z_b_nD, N, objective, ops)  # 1
+        normalised = normalise_views(z_a_nD, z_b_nD, N, objective, ops)  # 1
         a_nD, b_nD, _, diagonal_D = normalised
         a_ND, b_ND = gather_rows(a_nD), gather_rows(b_nD)
         k_a_nN, k_b_nN, squares = ops.inner_and_cast(  # 2

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import cdiv
 
-from model.loss.reference import EPS
+from model.loss.objective import EPS
 
 ROWS, COLS = 64, 32  # block of the column sums: a few such in flight on each SM keep its memory busy
 MIN_PROGRAMS = 256  # about two for each SM of the largest GPUs

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from model.collectives import differentiable_sum_over_ranks, sum_over_ranks, sum_over_ranks_
-from model.loss.objective import Objective
-from model.loss.reference import EPS
+from model.loss.objective import EPS, Objective
 
 
 class Normalised(NamedTuple):
@@ -23,7 +22,9 @@ class Normalised(NamedTuple):
     diagonal_D: Tensor  # C_ii
 
 
-def normalise(z_a_nD: Tensor, z_b_nD: Tensor, N: int, objective: Objective, ops: ModuleType) -> Normalised:
+def normalise_views(
+    z_a_nD: Tensor, z_b_nD: Tensor, N: int, objective: Objective, ops: ModuleType
+) -> Normalised:
     """Normalise both views over the global batch, of which this rank holds all N rows or its share of them.
 
     1. Moments of the rows at hand, in one read of both views.

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from model.config import LossConfig
 
+EPS = 1e-5  # added to the variance, as batch-norm does in the authors' code
+
 
 class Objective(NamedTuple):
     """total = invariance_weight * invariance + off_diagonal_weight * redundancy."""

@@ -73,12 +73,12 @@ def _all_reduce(elements: float, W: int) -> float:
 
 
 def _passes(rows: float, columns: float, e: int) -> float:
-    """Bytes moved by the passes around the products: 9 over operands, 4 over float32 products, both views.
+    """Bytes moved by the passes around the products: 8 over operands, 3 over float32 products, both views.
 
-    Moments read Z; normalisation reads Z and writes A; the products read A twice; the column reduction reads
-    A and P; the gradients read A, B and P and write dZ. The products write P.
+    Moments read Z; normalisation reads Z and writes A; the products read A twice and write P; the column
+    reduction reads A and P; the gradients read A and P and write dZ.
     """
-    return 2 * rows * columns * (9 * e + 4 * SUM_BYTES)
+    return 2 * rows * columns * (8 * e + 3 * SUM_BYTES)
 
 
 def _statistics(D: int, W: int) -> float:
@@ -106,7 +106,7 @@ def _gram(N: int, D: int, W: int, e: int) -> tuple[float, ...]:
     copy = grams * e if e < SUM_BYTES else 0
     forward = views * e + gathered + grams * SUM_BYTES + copy
     backward = views * (2 * e + SUM_BYTES) + gathered + grams * e
-    moved = _passes(n, D, e) + 4 * N * D * e * (W > 1) + grams * (3 * SUM_BYTES + 2 * e)
+    moved = _passes(n, D, e) + 4 * N * D * e * (W > 1) + grams * (2 * SUM_BYTES + 2 * e)
     return 8 * n * N * D, bytes_sent, 7, max(forward, backward), moved
 
 

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from model.config import LossConfig
+from model.loss.objective import EPS
 
-EPS = 1e-5  # added to the variance, as batch-norm does in the authors' code
 
-
-def normalise(z_ND: Tensor) -> Tensor:
+def standardise(z_ND: Tensor) -> Tensor:
     """Each column with zero mean and unit (biased) variance over the batch."""
     centred_ND = z_ND - z_ND.mean(0)
     return centred_ND / (centred_ND.square().mean(0) + EPS).sqrt()
@@ -24,9 +23,9 @@ def cross_correlation(z_a_ND: Tensor, z_b_ND: Tensor, normalisation: str = "batc
     the normalised embeddings on the unit sphere, or of the embeddings as they are ("none").
     """
     if normalisation == "batch":
-        return normalise(z_a_ND).T @ normalise(z_b_ND) / len(z_a_ND)
+        return standardise(z_a_ND).T @ standardise(z_b_ND) / len(z_a_ND)
     if normalisation == "features":
-        z_a_ND, z_b_ND = (torch.nn.functional.normalize(normalise(z_ND)) for z_ND in (z_a_ND, z_b_ND))
+        z_a_ND, z_b_ND = (torch.nn.functional.normalize(standardise(z_ND)) for z_ND in (z_a_ND, z_b_ND))
     return (z_a_ND - z_a_ND.mean(0)).T @ (z_b_ND - z_b_ND.mean(0)) / len(z_a_ND)
 
 

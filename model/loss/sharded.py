@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.collectives import column_range, columns_to_rows, rows_to_columns, sum_over_ranks_, world_size
 from model.loss.first_order import first_derivative_only
-from model.loss.normalise import Normalised, gradients, normalise
+from model.loss.normalise import Normalised, gradients, normalise_views
 from model.loss.objective import Objective
 from model.loss.products import product
 
@@ -37,7 +37,7 @@ class ShardedLoss(torch.autograd.Function):
         width = z_a_nD.shape[1]
         z_a_Nd, z_b_Nd = rows_to_columns(z_a_nD), rows_to_columns(z_b_nD)  # 1
         N = len(z_a_Nd)
-        normalised = normalise(z_a_Nd, z_b_Nd, N, objective, ops)
+        normalised = normalise_views(z_a_Nd, z_b_Nd, N, objective, ops)
         a_Nd, b_Nd, _, diagonal_d = normalised
         k_a_NN, k_b_NN, diagonal_D = _sum_over_ranks(  # 2
             product(a_Nd, a_Nd.T), product(b_Nd, b_Nd.T), diagonal_d, width
@@ -79,7 +79,7 @@ def _sum_over_ranks(
     """Both Gram matrices summed over the ranks, and the diagonal of C of all ranks' columns as (D,).
 
     Gram matrices are symmetric: one N x N matrix carries the lower triangle of K_A and, above it, that of
-    K_B, whose diagonal goes extra.
+    K_B, whose diagonal goes extra. Overwrites its inputs.
     """
     if world_size() == 1:
         return k_a_NN, k_b_NN, diagonal_d
@@ -87,12 +87,15 @@ def _sum_over_ranks(
     message = k_a_NN.new_zeros(N * N + N + width)
     both_NN, diagonal_b_N, diagonal_D = message.split([N * N, N, width])
     both_NN = both_NN.view(N, N)
-    torch.add(k_a_NN.tril_(), k_b_NN.triu(1), out=both_NN)
     diagonal_b_N.copy_(k_b_NN.diagonal())
     diagonal_D[column_range(width)] = diagonal_d
+    torch.add(k_a_NN.tril_(), k_b_NN.triu_(1), out=both_NN)
     sum_over_ranks_(message)
-    k_a_NN, k_b_NN = both_NN.tril(), both_NN.triu(1)
-    k_a_NN += both_NN.tril(-1).T
-    k_b_NN += both_NN.triu(1).T
-    k_b_NN.diagonal().copy_(diagonal_b_N)
-    return k_a_NN, k_b_NN, diagonal_D
+    # Three N x N matrices are all there is: each serves as scratch once its own content has been used.
+    torch.tril(both_NN, out=k_a_NN)
+    torch.triu(both_NN, 1, out=k_b_NN)
+    summed_a_NN = torch.add(k_a_NN, k_a_NN.T, out=both_NN)
+    summed_a_NN.diagonal().div_(2)
+    summed_b_NN = torch.add(k_b_NN, k_b_NN.T, out=k_a_NN)
+    summed_b_NN.diagonal().copy_(diagonal_b_N)
+    return summed_a_NN, summed_b_NN, diagonal_D

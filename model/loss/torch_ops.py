@@ -9,7 +9,7 @@ Shape legend: n rows and D columns at hand, N samples of the global batch, M col
 import torch
 from torch import Tensor
 
-from model.loss.reference import EPS
+from model.loss.objective import EPS
 
 
 def column_moments(z_a_nD: Tensor, z_b_nD: Tensor) -> Tensor:
