@@ -20,7 +20,7 @@ from eval.linear import linear_probe
 from model.loss.reference import cross_correlation
 from model.twin import Twin
 from model.weights import Normalisation
-from pipelines.augment.torch_ops import distort
+from pipelines.augment import distort
 from pipelines.loaders import build_loader
 from pipelines.source import Source, open_source
 from tools.convert import convert

@@ -1,0 +1,76 @@
+"""Distort a batch of crops with the implementation that suits the device.
+
+`reference.py` defines what every implementation computes. A new one is a module with a `distort` like the one
+here, a line in `IMPLEMENTATIONS` and, unless it serves every device, its limits in `why_not`.
+
+Shape legend: V views (2), N samples, C channels (3), H = W image size in pixels.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from pipelines.batch import ViewParams
+from pipelines.config import AugmentConfig
+from pipelines.errors import DataError
+
+Distort = Callable[[Tensor, ViewParams, AugmentConfig, torch.dtype], Tensor]
+
+
+def _loader(module: str) -> Callable[[], Distort]:
+    return lambda: import_module(f"{__name__}.{module}").distort
+
+
+# By name, what imports the implementation.
+IMPLEMENTATIONS: dict[str, Callable[[], Distort]] = {
+    "torch": _loader("torch_ops"),
+    "numba": _loader("numba_ops"),
+    "triton": _loader("fused"),
+}
+
+
+def distort(views_VNHWC: Tensor, params: ViewParams, config: AugmentConfig, dtype: torch.dtype) -> Tensor:
+    """Distort and normalise both views: (V, N, C, H, W) of `dtype`, each view contiguous as channels-last.
+
+    `views_VNHWC` are square uint8 crops; `params` are on the same device. `config.implementation` names the
+    implementation. "auto" takes triton on CUDA devices, numba on the CPU and torch on the others, and torch
+    with a warning where triton cannot run. Raises `DataError` where the one named cannot serve the device.
+    """
+    chosen = choose(config.implementation, views_VNHWC.device)
+    return IMPLEMENTATIONS[chosen]()(views_VNHWC, params, config, dtype)
+
+
+@lru_cache
+def choose(implementation: str, device: torch.device) -> str:
+    """The entry of `IMPLEMENTATIONS` that serves `device`, as `distort` describes; it warns only once."""
+    if implementation != "auto":
+        if reason := why_not(implementation, device):
+            raise DataError(
+                f"data.augment.implementation {implementation} {reason}, but the views are on {device}; "
+                f"choose auto."
+            )
+        return implementation
+    preferred = {"cuda": "triton", "cpu": "numba"}.get(device.type, "torch")
+    if reason := why_not(preferred, device):
+        warnings.warn(f"The slower torch distorts the views, since {preferred} {reason}.", stacklevel=3)
+        return "torch"
+    return preferred
+
+
+def why_not(implementation: str, device: torch.device) -> str | None:
+    """What the implementation lacks to serve `device`, or None."""
+    if implementation == "numba" and device.type != "cpu":
+        return "serves the CPU only"
+    if implementation == "triton":
+        if device.type != "cuda":
+            return "serves CUDA devices only"
+        if find_spec("triton") is None:
+            return "needs the package triton, which is not installed"
+        if torch.cuda.get_device_capability(device) < (7, 0):
+            return "needs a GPU of compute capability 7.0 or newer"
+    return None

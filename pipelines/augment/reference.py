@@ -30,6 +30,12 @@ def distort_one(
     view_HWC: np.ndarray, params: ViewParams, view: int, sample: int, config: AugmentConfig
 ) -> Tensor:
     """float32 (C, H, W): one uint8 crop, distorted with the numbers of `params[view, sample]`, normalised."""
+    pixels_CHW = tv.to_tensor(distort_pixels_one(view_HWC, params, view, sample))
+    return tv.normalize(pixels_CHW, torch.tensor(config.mean), torch.tensor(config.std))
+
+
+def distort_pixels_one(view_HWC: np.ndarray, params: ViewParams, view: int, sample: int) -> np.ndarray:
+    """uint8 (H, W, C): one uint8 crop, distorted with the numbers of `params[view, sample]`."""
     image = Image.fromarray(np.ascontiguousarray(view_HWC))
     if params.flip_VN[view, sample]:
         image = tv.hflip(image)
@@ -41,8 +47,7 @@ def distort_one(
         image = image.filter(ImageFilter.GaussianBlur(params.blur_VN[view, sample].item()))
     if params.solarize_VN[view, sample]:
         image = ImageOps.solarize(image)
-    pixels_CHW = tv.to_tensor(image)
-    return tv.normalize(pixels_CHW, torch.tensor(config.mean), torch.tensor(config.std))
+    return np.array(image)
 
 
 def _jitter(image: Image.Image, params: ViewParams, view: int, sample: int) -> Image.Image:

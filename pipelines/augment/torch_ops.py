@@ -1,26 +1,25 @@
-"""The distortions of a whole batch with torch, on any device, in float32 without rounding to 8 bits.
+"""The distortions of a whole batch with torch, on any device; also under `torch.compile`.
 
-Every sample has its own numbers, and no operation waits for the host on an accelerator. Differences to the
-reference (PIL): no rounding between the operations (PIL cuts off fractions after each blend), and the blur is
-a sampled Gaussian where PIL chains three box blurs; `tests/test_augment.py` holds the measured distances.
+Every sample has its own numbers, and no operation waits for the host on an accelerator. The pixels before the
+normalisation are PIL's 8-bit ones, bit for bit; see the README beside this file for why the formulas below
+give them.
 
-Shape legend: V views (2), N samples, C channels (3), H = W = S image size in pixels, T taps of the blur.
-Pixels are float32 from 0 to 255 until the normalisation.
+Shape legend: V views (2), N samples, C channels (3), H = W = S image size in pixels, T distances from a pixel
+to those that its blur weighs (0 .. reach). Pixels are whole numbers in float32, 0 to 255, until the
+normalisation.
 """
 
-import math
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from pipelines.augment.box_blur import box_reach, box_weights
 from pipelines.batch import ViewParams
 from pipelines.config import AugmentConfig
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the codes in ViewParams.order_VN4
-SOLARIZE_FROM = 128
-BLUR_REACH = 4  # taps on either side, in sigmas; the first one left out weighs 3e-4 of the middle one
 
 # Leaving samples out takes a look at their numbers, for which an accelerator would make the host wait.
 _SELECTING_DEVICES = {"cpu"}
@@ -36,15 +35,15 @@ def distort(views_VNHWC: Tensor, params: ViewParams, config: AugmentConfig, dtyp
     """
     num_samples, size = views_VNHWC.shape[1:3]
     device = views_VNHWC.device
-    scale_C11, offset_C11 = _normalisation(config.mean, config.std, device)
     chunk = max(1, (_CHUNK_PIXELS_CPU if device.type == "cpu" else _CHUNK_PIXELS) // size**2)
     out_VNHWC = torch.empty(views_VNHWC.shape, dtype=dtype, device=device)
-    with torch.autocast(device.type, enabled=False):  # else the blur would run in half precision
-        for v, view in enumerate(config.views):
-            for start in range(0, num_samples, chunk):
-                part = v, slice(start, start + chunk)
-                x_NCHW = _distort_part(views_VNHWC[part], params, part, view.blur_sigma[1])
-                out_VNHWC[part] = x_NCHW.mul_(scale_C11).add_(offset_C11).permute(0, 2, 3, 1)
+    for v, view in enumerate(config.views):
+        for start in range(0, num_samples, chunk):
+            part = v, slice(start, start + chunk)
+            x_NCHW = _distort_part(views_VNHWC[part], params, part, view.blur_sigma[1])
+            for channel, (mean, std) in enumerate(zip(config.mean, config.std, strict=True)):
+                x_NCHW[:, channel].mul_(1 / (255 * std)).sub_(mean / std)
+            out_VNHWC[part] = x_NCHW.permute(0, 2, 3, 1)
     return out_VNHWC.permute(0, 1, 4, 2, 3)
 
 
@@ -62,7 +61,7 @@ def _distort_part(view_NHWC: Tensor, params: ViewParams, part: tuple[int, slice]
     )
     x_NCHW = _on_chosen(params.grayscale_VN[part], lambda x: gray(x).expand_as(x), x_NCHW)
     sigma_N = params.blur_VN[part]
-    x_NCHW = _on_chosen(sigma_N > 0, partial(gaussian_blur, max_sigma=max_sigma), x_NCHW, sigma_N)
+    x_NCHW = _on_chosen(sigma_N > 0, partial(box_blur, max_sigma=max_sigma), x_NCHW, sigma_N)
     return _on_chosen(params.solarize_VN[part], solarize, x_NCHW)
 
 
@@ -70,7 +69,7 @@ def _on_chosen(
     chosen_N: Tensor, operation: Callable[..., Tensor], x_NCHW: Tensor, *numbers_N: Tensor
 ) -> Tensor:
     """`operation(x, *numbers)` for the chosen samples, the others as they are; may overwrite `x_NCHW`."""
-    if x_NCHW.device.type not in _SELECTING_DEVICES:
+    if x_NCHW.device.type not in _SELECTING_DEVICES or torch.compiler.is_compiling():
         return torch.where(chosen_N[:, None, None, None], operation(x_NCHW, *numbers_N), x_NCHW)
     rows = chosen_N.nonzero().squeeze(1)
     if len(rows) == 0:
@@ -113,82 +112,115 @@ def jitter(
 
 
 def blend(x_NCHW: Tensor, operation_N: Tensor, factor_N: Tensor) -> Tensor:
-    """factor * image + (1 - factor) * other, clamped.
+    """other + factor * (image - other), clamped and cut off to whole numbers.
 
     The other image is black for brightness, the mean of the gray image for contrast, the gray image for
     saturation.
     """
     gray_N1HW = gray(x_NCHW)
-    mean_N111 = gray_N1HW.mean(dim=(2, 3), keepdim=True)
     operation_N111 = operation_N[:, None, None, None]
-    other_N1HW = torch.where(
-        operation_N111 == SATURATION, gray_N1HW, mean_N111 * (operation_N111 == CONTRAST)
-    )
-    return torch.lerp(other_N1HW, x_NCHW, factor_N[:, None, None, None]).clamp_(0, 255)
+    mean_N111 = _rounded_mean(gray_N1HW) * (operation_N111 == CONTRAST)
+    other_N1HW = torch.where(operation_N111 == SATURATION, gray_N1HW, mean_N111)
+    step_NCHW = (x_NCHW - other_N1HW).mul_(factor_N[:, None, None, None])
+    # PIL rounds this product. The bound is out of reach, but lets no compiler contract it with the sum.
+    step_NCHW.clamp_(max=1024)
+    return step_NCHW.add_(other_N1HW).clamp_(0, 255).floor_()
 
 
 def gray(x_NCHW: Tensor) -> Tensor:
-    """(N, 1, H, W) luma of ITU-R 601, as PIL's."""
+    """(N, 1, H, W) luma of ITU-R 601 as whole numbers: PIL's integers, exact in float32 too (below 2^24)."""
     r, g, b = x_NCHW.split(1, dim=1)
-    return (0.299 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
+    scaled_N1HW = (r * 19595).add_(g, alpha=38470).add_(b, alpha=7471)
+    return scaled_N1HW.add_(2**15).mul_(2**-16).floor_()
+
+
+def _rounded_mean(gray_N1HW: Tensor) -> Tensor:
+    """(N, 1, 1, 1) mean rounded to a whole number, halves up."""
+    pixels = gray_N1HW.shape[2] * gray_N1HW.shape[3]
+    row_sums_N1H1 = gray_N1HW.sum(dim=3, keepdim=True).int()  # exact in float32; the sum of all might not be
+    sum_N111 = row_sums_N1H1.sum(dim=2, keepdim=True)
+    return ((2 * sum_N111 + pixels) // (2 * pixels)).to(gray_N1HW.dtype)
 
 
 def shift_hue(x_NCHW: Tensor, turns_N: Tensor) -> Tensor:
-    """Turn the hue of each sample, with saturation and value of the HSV hexcone kept."""
-    r, g, b = x_NCHW.unbind(1)
-    high_NHW, low_NHW = x_NCHW.amax(dim=1), x_NCHW.amin(dim=1)
-    chroma_NHW = high_NHW - low_NHW
-    divisor_NHW = chroma_NHW.clamp(min=1e-6)  # gray pixels have no hue, and any does
-    hue_NHW = torch.where(
-        high_NHW == r,
-        (g - b) / divisor_NHW,
-        torch.where(high_NHW == g, (b - r) / divisor_NHW + 2, (r - g) / divisor_NHW + 4),
-    )  # in sixths of a turn
-    hue_NHW += 6 * turns_N[:, None, None]
-    hue_NHW -= 6 * torch.floor(hue_NHW / 6)
-    weights = (
-        (hue_NHW - 3).abs_().sub_(1),
-        (hue_NHW - 2).abs_().neg_().add_(2),
-        (hue_NHW - 4).abs_().neg_().add_(2),
-    )
-    return torch.stack([torch.addcmul(low_NHW, chroma_NHW, w.clamp_(0, 1)) for w in weights], dim=1)
+    """Turn the hue of each sample as torchvision does in PIL's 8-bit HSV.
 
-
-def gaussian_blur(x_NCHW: Tensor, sigma_N: Tensor, max_sigma: float) -> Tensor:
-    """Sampled Gaussian of each sample's own sigma in pixels (at most `max_sigma`).
-
-    Each axis is one product with a banded S x S matrix per sample. Beyond the image its edge pixels go on, as
-    with PIL, which however goes on with the edge of each of its three passes: up to 30 gray levels apart next
-    to the border, at a sigma of 2.
+    1. Hue, saturation and value of the pixels. The quotients stay clear of whole numbers by what is added
+       to their numerators, so that it does not matter how a device rounds a division.
+    2. Where the hue is a whole number of steps without rounding, PIL's arithmetic can come out just below.
+    3. Turn, and back to colours: each is the value less a share of the saturation that goes with the hue.
     """
-    num_samples, channels, size, _ = x_NCHW.shape
-    matrix_NSS = _blur_matrix(sigma_N, size, math.ceil(BLUR_REACH * max_sigma))
-    x_NSS = torch.bmm(x_NCHW.reshape(num_samples, channels * size, size), matrix_NSS.mT)
-    return matrix_NSS[:, None] @ x_NSS.view_as(x_NCHW)
+    r, g, b = x_NCHW.unbind(1)
+    value_NHW, low_NHW = x_NCHW.amax(dim=1), x_NCHW.amin(dim=1)
+    chroma_NHW = value_NHW - low_NHW
+    divisor_NHW = chroma_NHW.clamp(min=1)  # gray pixels have no hue, and any does
+
+    angle_NHW = torch.where(  # 1: in sixths of a turn, times chroma
+        value_NHW == r,
+        g - b,
+        torch.where(value_NHW == g, torch.add(b - r, chroma_NHW, alpha=2), (r - g).add_(chroma_NHW, alpha=4)),
+    )
+    angle_NHW = torch.where(angle_NHW < 0, torch.add(angle_NHW, chroma_NHW, alpha=6), angle_NHW).mul_(85)
+    divisor_NHW = divisor_NHW * 2
+    hue_NHW = (angle_NHW + 0.25).div_(divisor_NHW).floor_()
+    saturation_NHW = (chroma_NHW * 255).add_(0.25).div_(value_NHW.clamp(min=1)).floor_()
+
+    is_whole_NHW = hue_NHW * divisor_NHW == angle_NHW  # 2
+    lost_steps = _lost_steps(x_NCHW.device)[hue_NHW.int()]
+    hue_NHW -= is_whole_NHW * lost_steps
+
+    shift_N = (turns_N.double() * 255).trunc_().to(x_NCHW.dtype)  # 3
+    hue_NHW = (hue_NHW + shift_N[:, None, None]).remainder_(256).mul_(2)  # in 85ths of a sixth of a turn
+    weights = (
+        torch.minimum(hue_NHW - 85, 425 - hue_NHW),
+        torch.maximum(85 - hue_NHW, hue_NHW - 255),
+        torch.maximum(255 - hue_NHW, hue_NHW - 425),
+    )
+    whole = 255 * 85
+    colours = [
+        (whole - saturation_NHW * w.clamp_(0, 85)).mul_(value_NHW).add_(whole / 2).mul_(1 / whole).floor_()
+        for w in weights
+    ]
+    return torch.stack(colours, dim=1)
 
 
-def _blur_matrix(sigma_N: Tensor, size: int, reach: int) -> Tensor:
-    """(N, S, S): row i holds the weights of the inputs of output pixel i."""
-    device = sigma_N.device
-    tap_T = torch.arange(-reach, reach + 1, device=device)
-    # A sigma of 0, whose result nobody takes, must not divide 0 by 0.
-    weights_NT = torch.exp(-0.5 * (tap_T / sigma_N.clamp(min=1e-3)[:, None]) ** 2)
-    weights_NT /= weights_NT.sum(dim=1, keepdim=True)
-    pixel_S = torch.arange(size, device=device)
-    source_TS = (tap_T[:, None] + pixel_S).clamp_(0, size - 1)
-    selector_TSS = (source_TS[..., None] == pixel_S).to(weights_NT.dtype)
-    return torch.tensordot(weights_NT, selector_TSS, dims=1)
+def _lost_steps(device: torch.device) -> Tensor:
+    """(256,) 1 for each exact hue that PIL rounds to the one below, else 0; found by trying all colours."""
+    hue = torch.arange(256, device=device)
+    lost = (hue >= 1) & (hue <= 31)
+    lost |= (hue >= 88) & (hue <= 104) & (hue % 4 == 0)
+    lost |= (hue >= 129) & (hue <= 149) & (hue % 2 == 1)
+    lost |= (hue >= 153) & (hue <= 209) & (hue % 4 == 1)
+    return (lost | (hue == 176) | (hue == 184)).float()
+
+
+def box_blur(x_NCHW: Tensor, sigma_N: Tensor, max_sigma: float) -> Tensor:
+    """PIL's Gaussian blur by each sample's own sigma in pixels, at most `max_sigma`.
+
+    Three passes along the rows, then three along the columns, each as `box_weights` describes. The pixels are
+    shifted to -128 .. 127 meanwhile, so that no sum overflows int32.
+    """
+    size, reach = x_NCHW.shape[-1], box_reach(max_sigma)
+    radius_N, inner_N, outer_N = box_weights(sigma_N)
+    distance_T1 = torch.arange(reach + 1, device=x_NCHW.device)[:, None]
+    weights_TN = inner_N * (distance_T1 <= radius_N) + outer_N * (distance_T1 == radius_N + 1)
+    weights_TN111 = weights_TN[..., None, None, None]
+    missing_N = 2**24 - ((2 * radius_N + 1) * inner_N + 2 * outer_N)  # 1 where rounding left it out, else 0
+    half_N111 = (2**23 - 128 * missing_N)[:, None, None, None]
+
+    y_NCHW = x_NCHW.int().sub_(128)
+    for dim in (3, 3, 3, 2, 2, 2):
+        beside = [reach if d == dim else -1 for d in range(4)]
+        first, last = (y_NCHW.narrow(dim, edge, 1).expand(beside) for edge in (0, size - 1))
+        padded_NCHW = torch.cat([first, y_NCHW, last], dim)
+        y_NCHW.mul_(weights_TN111[0]).add_(half_N111)
+        for t in range(1, reach + 1):
+            before, after = (padded_NCHW.narrow(dim, reach + step, size) for step in (-t, t))
+            y_NCHW.addcmul_(before + after, weights_TN111[t])
+        y_NCHW.bitwise_right_shift_(24)
+    return y_NCHW.add_(128).to(x_NCHW.dtype)
 
 
 def solarize(x_NCHW: Tensor) -> Tensor:
-    """Invert the values from the middle of the range upwards."""
-    return torch.where(x_NCHW >= SOLARIZE_FROM, 255 - x_NCHW, x_NCHW)
-
-
-@lru_cache(maxsize=8)
-def _normalisation(
-    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Scale and offset from 0..255 to normalised values; kept, because the copy to a device waits for it."""
-    mean_C11, std_C11 = (torch.tensor(t, dtype=torch.float64)[:, None, None] for t in (mean, std))
-    return (1 / (255 * std_C11)).float().to(device), (-mean_C11 / std_C11).float().to(device)
+    """Invert the upper half of the range, from PIL's threshold of 128 on."""
+    return torch.minimum(x_NCHW, 255 - x_NCHW)
