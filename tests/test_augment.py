@@ -488,26 +488,31 @@ def fresh_choice() -> Iterator[None]:
 def test_auto_suits_the_device(fresh_choice, monkeypatch):
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr(pipelines.augment, "_start_triton", lambda: None)
     assert choose("auto", CPU) == "numba"
     assert choose("auto", gpu) == "triton"
     assert choose("auto", torch.device("mps")) == "torch"
     assert choose("torch", gpu) == "torch"
 
 
-@pytest.mark.parametrize("lacks", ["package", "capability"])
-def test_auto_falls_back_on_torch_and_says_so_once(fresh_choice, monkeypatch, lacks, recwarn):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+@pytest.mark.parametrize("lacks", ["package", "capability", "compiler"])
+def test_auto_falls_back_on_torch_and_says_so_once(fresh_choice, monkeypatch, lacks, caplog):
+    def fail() -> None:
+        raise RuntimeError("Failed to find C compiler.\nSet CC.")
+
+    capability = (6, 1) if lacks == "capability" else (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(pipelines.augment, "_start_triton", fail)
     if lacks == "package":
         monkeypatch.setattr(pipelines.augment, "find_spec", lambda name: None)
     for _ in range(2):
         assert choose("auto", torch.device("cuda", 0)) == "torch"
-    assert [str(w.message) for w in recwarn] == [
-        "The slower torch distorts the views, since triton needs "
-        + {
-            "package": "the package triton, which is not installed.",
-            "capability": "a GPU of compute capability 7.0 or newer.",
-        }[lacks]
-    ]
+    reason = {
+        "package": "needs the package triton, which is not installed",
+        "capability": "needs a GPU of compute capability 7.0 or newer",
+        "compiler": "does not start (Failed to find C compiler.)",
+    }[lacks]
+    assert caplog.messages == [f"The slower torch distorts the views, since triton {reason}."]
 
 
 @pytest.mark.parametrize(("name", "device"), [("triton", "cpu"), ("numba", "meta")])

@@ -7,7 +7,17 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "torchvision", "triton", "ffcv", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "numpy")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "triton",
+    "ffcv",
+    "nvidia-dali-cuda120",
+    "nvidia-dali-cuda130",
+    "numba",
+    "kornia",
+    "numpy",
+)
 
 
 def describe_environment(device: torch.device) -> dict[str, str]:

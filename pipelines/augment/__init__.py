@@ -6,7 +6,7 @@ here, a line in `IMPLEMENTATIONS` and, unless it serves every device, its limits
 Shape legend: V views (2), N samples, C channels (3), H = W image size in pixels.
 """
 
-import warnings
+import logging
 from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
@@ -18,6 +18,8 @@ from torch import Tensor
 from pipelines.batch import ViewParams
 from pipelines.config import AugmentConfig
 from pipelines.errors import DataError
+
+_log = logging.getLogger(__name__)
 
 Distort = Callable[[Tensor, ViewParams, AugmentConfig, torch.dtype], Tensor]
 
@@ -39,7 +41,7 @@ def distort(views_VNHWC: Tensor, params: ViewParams, config: AugmentConfig, dtyp
 
     `views_VNHWC` are square uint8 crops; `params` are on the same device. `config.implementation` names the
     implementation. "auto" takes triton on CUDA devices, numba on the CPU and torch on the others, and torch
-    with a warning where triton cannot run. Raises `DataError` where the one named cannot serve the device.
+    where triton cannot run. Raises `DataError` where the one named cannot serve the device.
     """
     chosen = choose(config.implementation, views_VNHWC.device)
     return IMPLEMENTATIONS[chosen]()(views_VNHWC, params, config, dtype)
@@ -47,7 +49,7 @@ def distort(views_VNHWC: Tensor, params: ViewParams, config: AugmentConfig, dtyp
 
 @lru_cache
 def choose(implementation: str, device: torch.device) -> str:
-    """The entry of `IMPLEMENTATIONS` that serves `device`, as `distort` describes; it warns only once."""
+    """The entry of `IMPLEMENTATIONS` that serves `device`, as `distort` describes; logged once."""
     if implementation != "auto":
         if reason := why_not(implementation, device):
             raise DataError(
@@ -57,7 +59,7 @@ def choose(implementation: str, device: torch.device) -> str:
         return implementation
     preferred = {"cuda": "triton", "cpu": "numba"}.get(device.type, "torch")
     if reason := why_not(preferred, device):
-        warnings.warn(f"The slower torch distorts the views, since {preferred} {reason}.", stacklevel=3)
+        _log.warning("The slower torch distorts the views, since %s %s.", preferred, reason)
         return "torch"
     return preferred
 
@@ -73,4 +75,15 @@ def why_not(implementation: str, device: torch.device) -> str | None:
             return "needs the package triton, which is not installed"
         if torch.cuda.get_device_capability(device) < (7, 0):
             return "needs a GPU of compute capability 7.0 or newer"
+        try:
+            _start_triton()
+        except Exception as error:  # a missing compiler, driver or header
+            return f"does not start ({str(error).splitlines()[0]})"
     return None
+
+
+def _start_triton() -> None:
+    """Triton builds a helper of its own with the C compiler, which not every machine has."""
+    import triton
+
+    triton.runtime.driver.active.get_current_target()
