@@ -232,8 +232,8 @@ def _traffic(variant: Variant, us_per_view: float, size: int, config: AugmentCon
     values = 3 * size**2
     floor = values * (1 + DTYPES[variant.dtype].itemsize)
     traffic = {"floor_bytes_per_view": floor}
-    if variant.implementation == "triton":  # which writes 8 bits before the blur, and reads them again
-        traffic["bytes_moved_per_view"] = floor + 2 * values * mean(view.blur_p for view in config.views)
+    if variant.implementation == "triton":  # which writes and reads 8 bits before each half of the blur
+        traffic["bytes_moved_per_view"] = floor + 4 * values * mean(view.blur_p for view in config.views)
     floor_us = 1e6 * floor / _copy_bytes_per_second(variant.device)
     return traffic | {"memory_floor_share": floor_us / us_per_view}
 
