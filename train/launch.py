@@ -5,7 +5,8 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -30,35 +31,41 @@ def launch(
     The first failure of a rank stops all. Raises the rank's own error if it was for the user, `TrainingError`
     if a rank was killed, and `RuntimeError` with the rank's traceback otherwise.
     """
-    # Port 0: the system picks a free one, and no one else can take it before the ranks connect.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = mp.get_context("spawn")
     ranks: dict[Connection, BaseProcess] = {}
-    try:
-        for rank in range(num_processes):
-            environment = {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(num_processes),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(store.port),
-                "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store runs here, not in rank 0
-            }
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_run_rank, args=(config, environment, sender), name=f"rank {rank}"
-            )
-            process.start()
-            sender.close()
-            ranks[receiver] = process
-        return _supervise(ranks, on_step)
-    finally:
-        for process in ranks.values():
-            process.terminate()
-        for process in ranks.values():
-            process.join(_GRACE_SECONDS)
-            process.kill()
-            process.join()
+    with meeting_point(num_processes) as environments:
+        try:
+            for rank, environment in enumerate(environments):
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(
+                    target=_run_rank, args=(config, environment, sender), name=f"rank {rank}"
+                )
+                process.start()
+                sender.close()
+                ranks[receiver] = process
+            return _supervise(ranks, on_step)
+        finally:
+            for process in ranks.values():
+                process.terminate()
+            for process in ranks.values():
+                process.join(_GRACE_SECONDS)
+                process.kill()
+                process.join()
+
+
+@contextmanager
+def meeting_point(num_processes: int) -> Iterator[list[dict[str, str]]]:
+    """torchrun's environment variables for each rank on this machine; the ranks can meet inside the block."""
+    # Port 0: the system picks a free one, and no one else can take it before the ranks connect.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(num_processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store runs here, not in rank 0
+    }
+    yield [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
 
 
 def show_notes() -> None:

@@ -86,13 +86,30 @@ def _statistics(D: int, W: int) -> float:
     return _all_reduce((2 * (2 + 3) + 2) * D, W) + _all_reduce(2 * W, W)
 
 
+def _backward_peak(views: float, e: int) -> float:
+    """Bytes of A and P of both views, and half as much again for the passes after the products.
+
+    That is for what takes more: one view's gradient and a float32 temporary of torch's passes, or both
+    views' gradients from Triton's, which in float32 too are new tensors.
+    """
+    return 1.5 * views * (e + SUM_BYTES)
+
+
+def _gram_peak(products: float) -> float:
+    """Bytes of the float32 products K and as much again.
+
+    That is for Triton's new tensors in float32; for torch's operands and float32 temporary in half precision.
+    """
+    return 2 * products * SUM_BYTES
+
+
 def _dense(N: int, D: int, W: int, e: int) -> tuple[float, ...]:
     n = -(-N // W)
     bytes_sent = _all_reduce(D * D, W) + _statistics(D, W)
     views = 2 * n * D
     copy = D * D * e if e < SUM_BYTES else 0  # of C as an operand
     forward = views * e + D * D * SUM_BYTES + copy
-    backward = views * (2 * e + SUM_BYTES) + D * D * e
+    backward = _backward_peak(views, e) + D * D * e
     moved = _passes(n, D, e) + D * D * (4 * SUM_BYTES + 2 * e) + (D * D * SUM_BYTES + copy if copy else 0)
     return 6 * n * D * D, bytes_sent, 5, max(forward, backward), moved
 
@@ -103,9 +120,8 @@ def _gram(N: int, D: int, W: int, e: int) -> tuple[float, ...]:
     views = 2 * n * D
     gathered = 2 * N * D * e if W > 1 else 0
     grams = 2 * n * N
-    copy = grams * e if e < SUM_BYTES else 0
-    forward = views * e + gathered + grams * SUM_BYTES + copy
-    backward = views * (2 * e + SUM_BYTES) + gathered + grams * e
+    forward = views * e + gathered + _gram_peak(grams)
+    backward = _backward_peak(views, e) + gathered + grams * e
     moved = _passes(n, D, e) + 4 * N * D * e * (W > 1) + grams * (2 * SUM_BYTES + 2 * e)
     return 8 * n * N * D, bytes_sent, 7, max(forward, backward), moved
 
@@ -116,8 +132,8 @@ def _sharded(N: int, D: int, W: int, e: int) -> tuple[float, ...]:
     bytes_sent = 2 * exchanged + _all_reduce(N * N + N + D, W) + _all_reduce(2 * W, W)
     views = 2 * N * d
     message = N * N * SUM_BYTES
-    copy = 2 * N * N * e if e < SUM_BYTES else 0
-    forward = 2 * views * e + 3 * message + copy
-    backward = views * (3 * e + SUM_BYTES) + 2 * N * N * e
+    forward = 2 * views * e + _gram_peak(2 * N * N)  # Z and A; what is sent takes three quarters of the rest
+    # A, P and dZ; then one view's dZ in rows, and the other's as received and in rows.
+    backward = views * (3.5 * e + SUM_BYTES) + 2 * N * N * e
     moved = _passes(N, d, e) + 4 * views * e + 12 * message + 4 * N * N * e
     return 8 * N * N * d, bytes_sent, 6, max(forward, backward), moved

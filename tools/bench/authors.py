@@ -1,5 +1,8 @@
 """The loss as the authors' published code has it, to compare with.
 
+On several ranks their batch-norm is torch's `SyncBatchNorm`, which exists on GPUs only. Among CPU ranks the
+batch-norm is the plain definition over gloo instead, so only the GPU figures are those of their own code.
+
 Shape legend: n samples of a rank, D embedding width.
 """
 
@@ -8,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.collectives import world_size
-from model.norm import synchronise_norms
+from model.norm import GlobalBatchNorm
 
 
 class AuthorsLoss(nn.Module):
@@ -21,17 +24,16 @@ class AuthorsLoss(nn.Module):
 
     def __init__(self, width: int, batch: int, weight: float, device: torch.device) -> None:
         super().__init__()
-        self.norms = nn.Sequential(nn.BatchNorm1d(width, affine=False, device=device))
+        norm = nn.BatchNorm1d
         if world_size() > 1:
-            on_gpu = device.type == "cuda"
-            synchronise = nn.SyncBatchNorm.convert_sync_batchnorm if on_gpu else synchronise_norms
-            self.norms = synchronise(self.norms)
+            norm = nn.SyncBatchNorm if device.type == "cuda" else GlobalBatchNorm
+        self.norm = norm(width, affine=False, device=device)
         self.batch, self.weight = batch, weight
 
     def forward(self, z_a_nD: Tensor, z_b_nD: Tensor) -> Tensor:
         half = z_a_nD.dtype in (torch.float16, torch.bfloat16)
         with torch.autocast(z_a_nD.device.type, z_a_nD.dtype if half else None, enabled=half):
-            c_DD = self.norms(z_a_nD).T @ self.norms(z_b_nD)
+            c_DD = self.norm(z_a_nD).T @ self.norm(z_b_nD)
             c_DD.div_(self.batch)
             if world_size() > 1:
                 dist.all_reduce(c_DD.detach())  # the same memory; autograd sees nothing of it, as in theirs

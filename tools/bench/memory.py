@@ -6,6 +6,7 @@ start of a fresh process.
 """
 
 import ctypes
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 _M_MMAP_THRESHOLD = -3  # <malloc.h>
 _MMAP_THRESHOLD_BYTES = 65536
+_SETTLE_SECONDS = 0.1  # gloo's threads hold the tensors of a collective a little longer than its caller
 
 
 def return_freed_memory() -> None:
@@ -40,6 +42,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         after = torch.cuda.max_memory_allocated(device)
     else:
+        time.sleep(_SETTLE_SECONDS)
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak, VmHWM, to the present value
         before = _status_bytes("VmRSS")
         result = call()
