@@ -16,7 +16,7 @@ from model.errors import ModelError
 from model.weights import IMAGENET, Normalisation
 from pipelines.errors import DataError
 from pipelines.source import Source, read_image
-from pipelines.workers import be_quiet_about_a_lost_consumer
+from pipelines.workers import LOST_WORKER, be_quiet_about_a_lost_consumer, stop_workers
 
 Progress = Callable[[int, int], None]  # images done, images in all
 
@@ -52,8 +52,9 @@ def extract_features(
     mean_C11, std_C11 = (torch.tensor(values, device=device).view(-1, 1, 1) for values in normalisation)
     features_NF: Tensor | None = None
     done = 0
-    with _dead_worker_explained():
-        for crops_NCHW in loader:
+    batches = iter(loader)
+    with _dead_worker_explained(batches):
+        for crops_NCHW in batches:
             if isinstance(crops_NCHW, DataError):
                 raise crops_NCHW
             with torch.inference_mode(), _autocast(device):
@@ -105,13 +106,14 @@ def _stack(crops: list[Tensor | DataError]) -> Tensor | DataError:
 
 
 @contextmanager
-def _dead_worker_explained() -> Iterator[None]:
+def _dead_worker_explained(batches: Iterator[Tensor | DataError]) -> Iterator[None]:
     """torch raises the death of a worker as a bare `RuntimeError`, wherever the main process just is."""
     try:
         yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+    except LOST_WORKER as error:
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
             raise
+        stop_workers(batches)
         raise DataError(
             "A worker process that decodes the images ended unexpectedly, probably for lack of (shared) "
             f"memory; lower eval.features.workers or eval.features.batch_size ({error})."

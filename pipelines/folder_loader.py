@@ -12,7 +12,7 @@ from pipelines.batch import NUM_VIEWS, Batch, ViewParams
 from pipelines.errors import DataError
 from pipelines.loaders import EpochLoader, LoaderJob
 from pipelines.source import Source, open_source, read_image
-from pipelines.workers import be_quiet_about_a_lost_consumer
+from pipelines.workers import LOST_WORKER, be_quiet_about_a_lost_consumer, stop_workers
 
 Task = tuple[int, np.ndarray]  # epoch and sample indices of one batch
 Loaded = tuple[Tensor, ViewParams, Tensor, Tensor]  # the fields of `Batch`, on the CPU
@@ -43,9 +43,8 @@ class FolderLoader(EpochLoader):
         self._stop_workers()
 
     def _stop_workers(self) -> None:
-        if self._workers._iterator is not None:
-            self._workers._iterator._shutdown_workers()
-            self._workers._iterator = None
+        stop_workers(self._workers._iterator)
+        self._workers._iterator = None
 
     def _load(self, epoch: int, batches: Iterator[np.ndarray]) -> Generator[Batch, None, None]:
         self._tasks.remaining = ((epoch, indices_N) for indices_N in batches)
@@ -65,7 +64,7 @@ class FolderLoader(EpochLoader):
         """What the workers return; a worker that dies is a `DataError` too."""
         try:
             yield from self._workers
-        except RuntimeError as error:
+        except LOST_WORKER as error:
             self._stop_workers()
             raise DataError(
                 "A worker process of the folder loader ended unexpectedly, probably for lack of (shared) "
