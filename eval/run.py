@@ -79,6 +79,11 @@ def _extract(
     normalisation: Normalisation | None,
 ) -> Features:
     """Features and labels of `train`, then of `test`."""
+    for source in (train, test):
+        if not source.classes:
+            raise DataError(
+                f"{source.path} has no labels; evaluate on a dataset that was converted with them."
+            )
     if train.classes != test.classes:
         raise DataError(
             f"The classes of {train.path} and {test.path} differ ({_first_difference(train, test)}); "

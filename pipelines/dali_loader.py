@@ -15,7 +15,7 @@ from nvidia.dali import Pipeline, fn, types
 from pipelines.batch import NUM_VIEWS, Batch, ViewParams, to_device
 from pipelines.errors import DataError
 from pipelines.loaders import EpochLoader, LoaderJob
-from pipelines.source import Source, open_source, read_image
+from pipelines.source import BetonSource, Source, open_source, read_image
 
 Feed = Callable[[], tuple[list[np.ndarray], ...]]
 
@@ -65,10 +65,15 @@ def build_pipeline(
 
 
 class DaliLoader(EpochLoader):
-    """Reads every kind of source."""
+    """Reads every kind of source, but for raw pixels."""
 
     def __init__(self, job: LoaderJob) -> None:
         self._source = open_source(job.config.path)
+        if isinstance(self._source, BetonSource) and self._source.holds_raw:
+            raise DataError(
+                f"The loader 'dali' reads JPEG files, and {self._source.path} holds raw pixels; "
+                "set data.loader to ffcv or folder, or convert the images again with --storage jpg."
+            )
         super().__init__(job, len(self._source))
         self._feed = _Feed(self._source)
         self._pipeline: Pipeline | None = None

@@ -1,4 +1,4 @@
-"""FFCV's compiled threads, with a decoder that decodes each JPEG once for both views.
+"""FFCV's compiled threads, with a decoder that decodes each image once for both views.
 
 FFCV's own decoders draw their crops themselves and decode once per view. Ours reads the crop boxes from
 memory that belongs to the batch, because numba freezes everything that compiled code refers to otherwise.
@@ -17,7 +17,7 @@ import numba
 import numpy as np
 import torch
 from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder
-from ffcv.libffcv import imdecode, resize_crop
+from ffcv.libffcv import imdecode, memcpy, resize_crop
 from ffcv.loader import Loader, OrderOption
 from ffcv.loader.epoch_iterator import EpochIterator
 from ffcv.pipeline.allocation_query import AllocationQuery
@@ -30,7 +30,6 @@ from pipelines.loaders import EpochLoader, LoaderJob
 from pipelines.source import BetonSource, open_source, read_image
 
 POLL_S = 0.1  # how often a thread that waits for room looks whether it has been closed
-BAD_IMAGE = -1
 
 
 class FfcvLoader(EpochLoader):
@@ -71,7 +70,7 @@ class FfcvLoader(EpochLoader):
 
 
 class TwoCropDecoder(SimpleRGBImageDecoder):
-    """Decodes a JPEG and crops it twice. Its memory, per sample of a batch:
+    """Decodes a JPEG, or takes raw pixels, and crops twice. Its memory, per sample of a batch:
 
     both views, uint8 (size, size, 3); the boxes, int64 (V, 4) as top, left, height, width, filled in before;
     a status, int32 (1,), that is not 0 where the image could not be decoded.
@@ -91,25 +90,27 @@ class TwoCropDecoder(SimpleRGBImageDecoder):
     def generate_code(self) -> Callable:
         read = self.memory_read
         decode_jpeg, crop = Compiler.compile(imdecode), Compiler.compile(resize_crop)
-        samples = Compiler.get_iterator()
+        copy, samples = Compiler.compile(memcpy), Compiler.get_iterator()
         jpeg = IMAGE_MODES["jpg"]
 
         def decode(indices_N, memory, metadata, storage_state):
             view_a, view_b, boxes, status = memory
             for n in samples(len(indices_N)):
                 field = metadata[indices_N[n]]
-                status[n, 0] = BAD_IMAGE
+                stored = read(field["data_ptr"], storage_state)
+                height, width = np.uint32(field["height"]), np.uint32(field["width"])
+                image = np.empty((height, width, 3), np.uint8)
+                status[n, 0] = 0
                 if field["mode"] == jpeg:
-                    encoded = read(field["data_ptr"], storage_state)
-                    height, width = np.uint32(field["height"]), np.uint32(field["width"])
-                    image = np.empty((height, width, 3), np.uint8)
                     status[n, 0] = decode_jpeg(
-                        encoded, image, height, width, height, width, 0, 0, 1, 1, False, False
+                        stored, image, height, width, height, width, 0, 0, 1, 1, False, False
                     )
-                    top, left, h, w = boxes[n, 0]
-                    crop(image, top, top + h, left, left + w, view_a[n])
-                    top, left, h, w = boxes[n, 1]
-                    crop(image, top, top + h, left, left + w, view_b[n])
+                else:  # raw: `BetonSource` has checked that it has the image's size
+                    copy(stored, image)
+                top, left, h, w = boxes[n, 0]
+                crop(image, top, top + h, left, left + w, view_a[n])
+                top, left, h, w = boxes[n, 1]
+                crop(image, top, top + h, left, left + w, view_b[n])
             return view_a[: len(indices_N)]
 
         decode.is_parallel = True

@@ -44,7 +44,7 @@ _METADATA_OF_TYPE = {
     5: _BYTES,
     6: np.dtype("<u8"),
 }
-_MODE_JPEG = 0
+_MODE_JPEG, _MODE_RAW = 0, 1
 _MAX_LABEL = 1 << 20
 
 
@@ -52,16 +52,19 @@ class Source(Protocol):
     """A set of labelled images with random access."""
 
     path: Path
-    classes: list[str]
-    labels_N: np.ndarray  # int64
+    classes: list[str]  # empty where there are no labels
+    labels_N: np.ndarray  # int64; all 0 without labels
 
     def __len__(self) -> int: ...
 
     def sizes(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """int32 heights and widths in pixels, as stored (an EXIF orientation is not applied)."""
 
+    def pixels(self, index: int) -> np.ndarray | None:
+        """uint8 (height, width, 3), RGB, of an image that is stored as raw pixels; None for a file."""
+
     def encoded(self, index: int) -> np.ndarray:
-        """uint8: the bytes of the image file."""
+        """uint8: the bytes of the image file. Raises `DataError` where it is stored as raw pixels."""
 
     def name(self, index: int) -> str:
         """The sample's name for messages."""
@@ -87,19 +90,28 @@ def open_source(path: Path) -> Source:
         ) from error
 
 
-def decode_rgb(file: Path | BinaryIO) -> Image.Image:
-    """The RGB image in a file of any mode. Raises what Pillow raises, and `ValueError` for 32-bit pixels."""
+def decode_rgb(file: Path | BinaryIO, at_least: tuple[int, int] | None = None) -> Image.Image:
+    """The RGB image in a file of any mode; a JPEG at reduced scale if that has `at_least` (width, height).
+
+    Raises what Pillow raises, and `ValueError` for 32-bit pixels.
+    """
     with Image.open(file) as image:
+        if at_least is not None:
+            image.draft(None, at_least)
         if image.mode.startswith("I;16"):
             # Pillow would clip 16-bit values at 255 instead of scaling them.
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         elif image.mode in ("I", "F"):
             raise ValueError(f"mode {image.mode}: 32-bit pixels have no fixed range")
-        return image.convert("RGB")
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
 
 
 def read_image(source: Source, index: int) -> Image.Image:
     """The decoded RGB image. Raises `DataError` that names the sample where it cannot be decoded."""
+    pixels_HW3 = source.pixels(index)
+    if pixels_HW3 is not None:
+        return Image.fromarray(pixels_HW3)
     encoded = source.encoded(index)
     try:
         return decode_rgb(BytesIO(encoded))
@@ -142,6 +154,9 @@ class FolderSource:
         heights_N, widths_N = self._sizes_N2[indices].T
         return heights_N, widths_N
 
+    def pixels(self, index: int) -> None:
+        return None
+
     def encoded(self, index: int) -> np.ndarray:
         try:
             return np.fromfile(self._files[index], dtype=np.uint8)
@@ -153,7 +168,7 @@ class FolderSource:
 
 
 class BetonSource:
-    """A .beton file with the fields `image` (JPEG) and `label`; the file is mapped, not read.
+    """A .beton file with the fields `image` (JPEG or raw) and `label`; the file is mapped, not read.
 
     Class names come from the manifest `x.manifest.json` beside `x.beton` where there is one.
     """
@@ -210,10 +225,14 @@ class BetonSource:
             raise self._cut_short()
         self._heights_N = images["height"].astype(np.int32)
         self._widths_N = images["width"].astype(np.int32)
-        self._is_jpeg_N = images["mode"] == _MODE_JPEG
+        self.is_raw_N = images["mode"] == _MODE_RAW
         self.labels_N = metadata["label"].astype(np.int64)
         if min(self._heights_N.min(), self._widths_N.min()) < 1:
             raise DataError(f"{path} is damaged: it holds an image without pixels; convert the images again.")
+        self.num_bytes_N = self._end_N - self._start_N  # what each image takes in the file
+        is_as_long = self.num_bytes_N == 3 * self._heights_N.astype(np.int64) * self._widths_N
+        if images["mode"].max() > _MODE_RAW or not is_as_long[self.is_raw_N].all():
+            raise DataError(f"{path} is damaged: raw images are not of their size; convert the images again.")
         if self.labels_N.min() < 0 or self.labels_N.max() > _MAX_LABEL:
             raise DataError(f"{path} has labels outside 0 to {_MAX_LABEL}; convert the images again.")
         self.classes = self._class_names()
@@ -224,8 +243,19 @@ class BetonSource:
     def sizes(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self._heights_N[indices], self._widths_N[indices]
 
+    @property
+    def holds_raw(self) -> bool:
+        """Whether some images are stored as raw pixels."""
+        return bool(self.is_raw_N.any())
+
+    def pixels(self, index: int) -> np.ndarray | None:
+        if not self.is_raw_N[index]:
+            return None
+        pixels = self._file[self._start_N[index] : self._end_N[index]]
+        return pixels.reshape(self._heights_N[index], self._widths_N[index], 3)
+
     def encoded(self, index: int) -> np.ndarray:
-        if not self._is_jpeg_N[index]:
+        if self.is_raw_N[index]:
             raise DataError(
                 f"The {self.name(index)} is stored as raw pixels; convert the images again as JPEG."
             )
@@ -259,6 +289,8 @@ class BetonSource:
                 f"{manifest} belongs to another dataset than {self.path} ({images} images, not {len(self)}); "
                 "convert the images again."
             )
+        if classes == [] and content.get("unlabelled") is True:
+            return []
         if not isinstance(classes, list) or len(classes) < num_classes:
             raise DataError(
                 f"{manifest} names too few classes for the labels in {self.path} ({num_classes} needed); "

@@ -100,3 +100,10 @@ def test_datasets_with_different_classes_are_one_sentence(
     write_images(tmp_path / "other", ["a", "b", "d"], per_class=1)
     with pytest.raises(DataError, match=r"The classes of .*train and .*other differ \(only one has 'c'\)"):
         evaluate("knn", checkpoint, sources[0], FolderSource(tmp_path / "other"), CONFIG, "cpu")
+
+
+def test_a_dataset_without_labels_is_refused(checkpoint: Path, sources: tuple, monkeypatch) -> None:
+    for source in sources:
+        monkeypatch.setattr(source, "classes", [])
+    with pytest.raises(DataError, match=r"train has no labels; evaluate on .*\.$"):
+        evaluate("knn", checkpoint, *sources, CONFIG, "cpu")

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tools.cli_bench import bench_app
+from tools.cli_convert import add_commands as add_convert_commands
 from tools.cli_eval import eval_app
 from tools.console import (
     EXIT_INTERRUPTED,
     EXIT_SHORTFALL,
     Commands,
     leave,
-    progress_bar,
     say,
     show_json,
     show_table,
@@ -41,13 +41,15 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="""Train Barlow Twins as fast as the hardware allows, and see where the time goes.
 
-    The usual way: convert a folder of images, pretrain a twin on it,
+    The usual way: convert images to a dataset, pretrain a twin on it,
     evaluate and export its backbone; profile says what limits the speed.
     demo does all of it in a few minutes on drawn images.
 
     Exit codes of all commands: 0 done; 2 something in the input is wrong, said in one sentence on standard
-    error; 130 interrupted by Ctrl-C. demo ends with 1 where the training has not worked.""",
+    error; 130 interrupted by Ctrl-C. demo ends with 1 where the training has not worked, convert where too
+    many images are bad.""",
 )
+add_convert_commands(app)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 
@@ -105,42 +107,6 @@ def demo(
         show_json(result)
     if result["shortfall"]:
         leave(result["shortfall"], EXIT_SHORTFALL)
-
-
-@app.command()
-def convert(
-    source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="Folder with one sub-folder of images per class.")
-    ],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="The .beton file to write.")],
-    max_side: Annotated[int, typer.Option(help="Shrink larger images to this longer side, in pixels.")] = 512,
-    quality: Annotated[int, typer.Option(help="JPEG quality of the stored images, 1 to 100.")] = 90,
-    workers: Annotated[int, typer.Option(help="Processes.")] = os.cpu_count() or 1,
-) -> None:
-    """Convert a folder of images to one .beton file that the fast loaders read.
-
-    The layout is that of torchvision's ImageFolder: SRC/CLASS/.../IMAGE. Images that cannot be read are left
-    out, counted at the end and named in the manifest. An existing DST is replaced, but only by a complete
-    one.
-
-    Writes DST, which FFCV opens with the fields image (RGBImageField) and label (IntField), and DST with the
-    ending .manifest.json: classes, counts, settings, versions, images left out.
-
-    Examples
-
-        fastbarlow convert imagenet/train train.beton
-        fastbarlow convert imagenet/val val.beton --max-side 400 --workers 32
-    """
-    from tools.convert import convert as convert_images
-    from tools.convert.manifest import manifest_path
-
-    with progress_bar("reading, then writing") as progress:
-        manifest = convert_images(
-            source, target, max_side=max_side, quality=quality, workers=workers, progress=progress
-        )
-    say(f"{target}: {manifest.images} images of {len(manifest.classes)} classes.")
-    if manifest.left_out:
-        say(f"Left out as unreadable: {len(manifest.left_out)}; see {manifest_path(target)}.")
 
 
 @app.command()

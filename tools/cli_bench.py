@@ -1,5 +1,6 @@
 """`fastbarlow bench ...`: one part of the trainer, several ways, side by side."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -99,12 +100,13 @@ def loss(
         fastbarlow bench loss --samples 2048 --dtype bf16 --algorithm gram --repeats 9 --json
         fastbarlow bench loss --samples 256 --width 1024 --procs 4 --device cpu
     """
-    from tools.bench.loss import bench_loss
-    from tools.bench.loss_table import as_markdown, loss_tables
-    from train.errors import ConfigError
+    from tools.bench.loss import bench_loss, choose_device
+    from tools.bench.loss_table import check_place, loss_tables, write_page
 
-    if out is not None and not out.resolve().parent.is_dir():
-        raise ConfigError(f"Cannot write {out}: its folder does not exist; create it first.")
+    if out is not None:
+        check_place(out)
+    if device == "auto" and procs > 1 and choose_device(device, procs) == "cpu":
+        say(f"{procs} ranks compute on the CPU, as there is not a GPU for each.", as_json=as_json)
     with progress_bar("measuring") as progress:
         result = bench_loss(
             samples or [256, 2048],
@@ -118,17 +120,17 @@ def loss(
         )
     for title, rows in loss_tables(result):
         show_table(title, rows, as_json=as_json)
-    if out is not None:
-        out.write_text(as_markdown(result), encoding="utf-8")
-        say(f"Written to {out}.", as_json=as_json)
     if as_json:
         show_json(result)
+    if out is not None:
+        write_page(result, out)
+        say(f"Written to {out}.", as_json=as_json)
 
 
 @bench_app.command()
 def augment(
     size: Annotated[int, typer.Option(min=8, max=512, help="Side of the views, in pixels.")] = 224,
-    batch: Annotated[int, typer.Option(min=1, help="Pairs of views in a batch.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, help="Pairs of views in a batch.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Measured turns of each; the median counts.")] = 5,
     images: Annotated[
         Path | None,
@@ -139,8 +141,10 @@ def augment(
 ) -> None:
     """How fast each implementation distorts uint8 crops into normalised views, and the authors' PIL code.
 
-    All cores work for each of them; the authors' code runs in one process per core. On a GPU, torchvision's
-    v2 transforms on each sample and Kornia on the batch are there to compare with. Writes no files.
+    Ours run on as many threads as torch has, the authors' code in as many processes. On a GPU, torchvision's
+    v2 transforms on each sample and Kornia on the batch are there to compare with. Rows on the CPU are timed
+    by wall clock, drawing the random numbers included; rows on a GPU by its events, from the first kernel to
+    the last, and ours have their numbers drawn ahead. Writes no files.
 
     Examples
 
@@ -167,7 +171,71 @@ def augment(
         for row in result["rows"]
     ]
     show_table(f"{size} px, batches of {batch}, median of {repeats}", rows, as_json=as_json)
+    if any(row["timed"] == "GPU events" for row in result["rows"]):
+        say(
+            "On the GPU, time is from the first kernel to the last; on the CPU, by wall clock.",
+            as_json=as_json,
+        )
     for name, reason in result["unavailable"].items():
         say(f"{name} {reason}.", as_json=as_json)
+    if as_json:
+        show_json(result)
+
+
+@bench_app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="What `fastbarlow convert` takes.")],
+    max_side: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=16, max=4096, help="Longer side, in pixels; may be given several times. [4096, 512, 256]"
+        ),
+    ] = None,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality.")] = 90,
+    images: Annotated[int, typer.Option(min=1, help="The source's images are repeated up to here.")] = 2000,
+    workers: Annotated[int, typer.Option(min=1, help="Our threads; FFCV's processes.")] = os.cpu_count() or 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of each; the median counts.")] = 3,
+    folder: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="On the disk to measure; all is removed. [system's temporary]"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """How fast images become a dataset, against FFCV's own writer and a plain copy of the same files.
+
+    The files lie in the page cache. Ours and the copy count until the disk has everything; FFCV does not
+    wait for it. "MB/s" counts the bytes of the source.
+
+    Examples
+
+        fastbarlow bench convert imagenet/val
+        fastbarlow bench convert ILSVRC2012_img_val.tar --max-side 400 --workers 16 --json
+    """
+    from tools.bench.convert import bench_convert
+
+    with progress_bar("measuring") as progress:
+        result = bench_convert(
+            source,
+            max_sides=max_side or [4096, 512, 256],
+            quality=quality,
+            num_images=images,
+            workers=workers,
+            repeats=repeats,
+            folder=folder,
+            progress=progress,
+        )
+    rows = [("max side, writer", "copied", "images/s", "MB/s", "times FFCV", "times the copy")]
+    rows += [
+        (
+            f"{row['max_side']} {row['writer']}",
+            f"{row['images_copied'] / images:.0%}",
+            f"{row['images_per_second']:.0f}",
+            f"{row['mb_per_second']:.0f}",
+            f"{row['ratio_to_ffcv']:.2f}",
+            f"{row['ratio_to_copy']:.2f}",
+        )
+        for row in result["rows"]
+    ]
+    show_table(f"{images} images, {workers} workers, median of {repeats}", rows, as_json=as_json)
     if as_json:
         show_json(result)

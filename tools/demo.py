@@ -83,7 +83,7 @@ def run_demo(
 
     with clock.phase("convert"):  # 2
         for part, target in data.items():
-            convert(images / part, target, workers=max(1, config.data.workers))
+            convert(images / part, target, workers=max(1, config.data.workers), resume=False)
         train, val = (open_source(path) for path in data.values())
 
     with process_group(config.train.device) as world:

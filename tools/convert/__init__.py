@@ -1,4 +1,4 @@
-"""From a folder of images to one FFCV dataset file and its manifest."""
+"""From images in folders and archives to one dataset that the fast loaders read, and its manifest."""
 
 from tools.convert.convert import convert
 

@@ -1,173 +1,199 @@
-"""An image folder becomes one FFCV dataset file, or nothing at all."""
+"""A set of images becomes one dataset: complete, in the source's order, and resumable until then."""
 
-import fcntl
-import os
-import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime
-from importlib.metadata import version
+from contextlib import closing, contextmanager
+from errno import EDQUOT, EFBIG, ENOSPC
+from functools import partial
 from pathlib import Path
-
-import cv2
-import numpy as np
+from typing import Any
 
 from pipelines.errors import DataError
-from pipelines.threads import keep_torch_threads
-from tools.convert.images import ImageFile, RgbImages, find_faults, list_images, printable
-from tools.convert.manifest import ConvertSettings, LeftOut, Manifest, manifest_path, save_manifest
-
-MAX_STORED_SIDE = 4096
+from tools.convert import blocks
+from tools.convert.beton import BetonTarget
+from tools.convert.estimate import Estimate, estimate
+from tools.convert.journal import Journal, open_journal
+from tools.convert.manifest import ConvertSettings, Manifest, manifest_path
+from tools.convert.pool import in_order, prepare_entries, threads
+from tools.convert.publish import describe, part_path, publish, remove_part, software, stored_files
+from tools.convert.recorder import Recorder, RunningChecksum, intact_records
+from tools.convert.shards import SAMPLES_PER_SHARD, ShardTarget
+from tools.convert.sources import ImageSet, open_image_set
+from tools.convert.target import Target
 
 
 def convert(
     source: Path,
     target: Path,
     *,
-    max_side: int = 512,
-    quality: int = 90,
+    settings: ConvertSettings | None = None,
+    shards: int | None = None,
+    subset: Path | None = None,
+    ground_truth: Path | None = None,
+    unlabelled: bool = False,
     workers: int = 8,
+    resume: bool = True,
+    on_estimate: Callable[[Estimate], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
-    """Convert an ImageFolder tree to `target` (a `.beton`) and the manifest beside it.
+    """Convert what `open_image_set` finds at `source` into a dataset and its manifest.
 
-    1. List the files in the order of torchvision's `ImageFolder`: class by class, then by path.
-    2. Decode every image once; those that cannot be decoded are left out, with the reason in the manifest.
-    3. Write the others through FFCV's writer under a temporary name: RGB, longer side at most `max_side`
-       pixels, JPEG of `quality`. Order, labels and each sample's bytes do not depend on `workers`.
-    4. Move dataset and manifest to their names, once they are on the disk.
+    `target`: a file `x.beton`, or else a folder for tar shards, `shards` of them or one per
+    `SAMPLES_PER_SHARD` entries. `subset`, `ground_truth`, `unlabelled`: see `open_image_set`. `workers`:
+    threads; the dataset does not depend on them. `resume`: go on with what an interrupted conversion of the
+    same source with the same settings has left; the dataset is then the same, byte for byte, as without the
+    interruption. `progress(done, total)`: entries of the source.
 
-    `progress(done, total)` runs from 0 to twice the number of files: once for step 2, once for step 3.
-    Raises `DataError` for a source without usable images, a target that cannot be written, settings out of
-    range, and a worker process that dies. An existing target is replaced, but only by a complete one.
+    1. List the source.
+    2. Take the target for this process; go on where an earlier conversion stopped, or begin.
+    3. Estimate time and size by a trial.
+    4. Prepare the images on threads, and write them in order, block by block, into files with temporary
+       names; what cannot be read or decoded is left out, with the reason in the manifest.
+    5. Complete the files, write the manifest, wait for the disk, give them their names.
+
+    Whatever stops it, nothing is under the final name before step 5; what was there stays. The finished
+    blocks stay beside it for the next call. Raises `DataError` for a source without usable images, a target
+    that cannot be written or is too small or in use, remains of another conversion, and settings that
+    exclude each other.
     """
-    _check_settings(target, max_side, quality, workers)
-    # 1.
-    classes, files = list_images(source)
-    report = progress or (lambda done, total: None)
-    with _part_files(target) as (beton_part, manifest_part):
-        # 2.
-        faults = find_faults(files, max_side, workers, lambda done: report(done, 2 * len(files)))
-        usable = [file for file, fault in zip(files, faults, strict=True) if fault is None]
-        left_out = tuple(
-            LeftOut(file=printable(Path(file.path).relative_to(source)), reason=fault)
-            for file, fault in zip(files, faults, strict=True)
-            if fault is not None
-        )
-        if not usable:
-            example = f" ({left_out[0].file}: {left_out[0].reason})" if left_out else ""
-            raise DataError(
-                f"The image folder {source} holds no usable image in its {len(classes)} classes{example}; "
-                "put at least one image into a sub-folder."
-            )
-        # 3.
-        with keep_torch_threads():
-            from tools.convert.writer import write_beton
-
-        write_beton(
-            RgbImages(usable),
-            beton_part,
-            max_side=max_side,
-            quality=quality,
-            workers=min(workers, len(usable)),
-            progress=lambda done: report(len(files) + len(left_out) + done, 2 * len(files)),
-        )
-        manifest = _describe(
-            source, classes, usable, left_out, ConvertSettings(max_side=max_side, quality=quality)
-        )
-        save_manifest(manifest, manifest_part)
-        # 4.
-        for part, path in ((manifest_part, manifest_path(target)), (beton_part, target)):
-            _flush(part)
-            part.replace(path)
-        _flush(target.parent)
+    settings = settings or ConvertSettings()
+    with _explained(target):
+        _check_target(source, target, settings, shards, workers)
+    images = open_image_set(source, ground_truth=ground_truth, subset=subset, unlabelled=unlabelled)  # 1
+    fingerprint = images.fingerprint()
+    if shards is None:
+        shards = -(-len(images) // SAMPLES_PER_SHARD)
+    with _explained(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open_journal(target) as journal:
+            try:
+                checksum = RunningChecksum(part_path(target))
+                _begin(journal, _head(fingerprint, settings, target, shards), target, checksum, resume)  # 2
+                with (
+                    closing(_open_target(target, len(images), shards, settings)) as writer,
+                    Recorder(journal, writer.part, checksum) as recorder,
+                ):
+                    _fill(writer, recorder, journal, images, settings, workers, on_estimate, progress)
+                    final_name = target.name if writer.part.is_file() else None  # 5
+                    files = stored_files(journal.records, writer.finish(), checksum, final_name)
+                    manifest = describe(
+                        images, fingerprint, settings, journal.records, files, recorder.seconds
+                    )
+                publish(manifest, target)
+                journal.remove()
+            finally:
+                if not journal.records:  # nothing to go on with
+                    remove_part(target)
+                    journal.remove()
     return manifest
 
 
+def _begin(
+    journal: Journal, head: dict[str, Any], target: Path, checksum: RunningChecksum, resume: bool
+) -> None:
+    """Cut the journal down to what the files hold, or start it anew with no files."""
+    if resume and journal.head is not None:
+        differing = [key for key, value in head.items() if journal.head.get(key) != value]
+        if differing and journal.records:
+            raise DataError(
+                f"An unfinished conversion to {target} differs from this one in its "
+                f"{' and '.join(differing)}; convert as before to go on with it, or add --no-resume to "
+                "begin anew."
+            )
+        if not differing and (intact := intact_records(journal, part_path(target), checksum)):
+            journal.keep(intact)
+            return
+    remove_part(target)
+    journal.start(head)
+
+
+def _fill(
+    writer: Target,
+    recorder: Recorder,
+    journal: Journal,
+    images: ImageSet,
+    settings: ConvertSettings,
+    workers: int,
+    on_estimate: Callable[[Estimate], None] | None,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Phases 3 and 4 of `convert`."""
+    for record in journal.records:
+        writer.restore(record.samples_N, record.ends_file)
+    writer.truncate()
+    done, total = journal.records[-1].entries if journal.records else 0, len(images)
+    report = progress or (lambda done, total: None)
+    job = partial(prepare_entries, images, settings, writer.max_sample_bytes)
+    with threads(workers) as pool:
+        known = estimate(done, total, job, writer, pool)  # 3
+        if on_estimate:
+            on_estimate(known)
+        report(done, total)
+        results = in_order(pool, workers, job, done, total)  # 4
+        blocks.write_blocks(results, done, images, writer, recorder, lambda done: report(done, total))
+    recorder.wait()
+    if not any(len(record.samples_N) for record in journal.records):
+        left_out = [entry for record in journal.records for entry in record.left_out]
+        example = f" ({left_out[0][0]}: {left_out[0][1]})" if left_out else ""
+        journal.records.clear()
+        raise DataError(f"{images.path} holds no usable image{example}; put at least one there.")
+
+
+def _head(fingerprint: str, settings: ConvertSettings, target: Path, shards: int) -> dict[str, Any]:
+    """What must be the same for a conversion to go on. The keys name it in a message."""
+    layout = "beton" if target.suffix == ".beton" else f"{shards} shards"
+    return {
+        "source": fingerprint,
+        "settings": settings.model_dump(mode="json"),
+        "target": {"layout": layout, "block": [blocks.ENTRIES, blocks.BYTES]},
+        "versions": software(),
+    }
+
+
+def _open_target(target: Path, num_entries: int, shards: int, settings: ConvertSettings) -> Target:
+    part = part_path(target)
+    if target.suffix == ".beton":
+        return BetonTarget(part, num_entries, settings.max_side)
+    return ShardTarget(part, num_entries, shards)
+
+
 @contextmanager
-def _part_files(target: Path) -> Iterator[tuple[Path, Path]]:
-    """Temporary names of dataset and manifest, for one conversion at a time; nothing is left there.
-
-    The names are fixed, so that what a killed conversion leaves is overwritten by the next one.
-    Raises `DataError` where another conversion holds them, and for every `OSError` in the block.
-    """
-    beton_part, manifest_part = (
-        path.with_name(f".{path.name}.part") for path in (target, manifest_path(target))
-    )
+def _explained(target: Path) -> Iterator[None]:
+    """Raises `DataError` for every `OSError` in the block; the source's own do not get here."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with beton_part.open("ab") as lock:  # fails here rather than after the first pass
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise DataError(
-                    f"Another conversion to {target} is running; wait for its end or choose another target."
-                ) from error
-            except OSError:
-                pass  # a file system without locks
-            try:
-                yield beton_part, manifest_part
-            finally:
-                beton_part.unlink(missing_ok=True)
-                manifest_part.unlink(missing_ok=True)
+        yield
     except OSError as error:
-        raise DataError(
-            f"The dataset cannot be written to {target}: {error.strerror}; "
-            "choose another target or free some space."
-        ) from error
+        if error.errno in (ENOSPC, EDQUOT, EFBIG):
+            remedy = "free some space, then run the same command again: it goes on where this one stopped"
+        else:
+            remedy = "check the folder and its permissions, or choose another target"
+        raise DataError(f"The dataset cannot be written to {target} ({error.strerror}); {remedy}.") from error
 
 
-def _check_settings(target: Path, max_side: int, quality: int, workers: int) -> None:
-    """Raise `DataError` for a target that cannot be one and for numbers out of range."""
-    if target.suffix != ".beton":
+def _check_target(
+    source: Path, target: Path, settings: ConvertSettings, shards: int | None, workers: int
+) -> None:
+    """Raise `DataError` for a target that cannot be one, and for settings that do not go with it."""
+    is_beton = target.suffix == ".beton"
+    if not is_beton and (target.suffix or not target.name):
         folder = target if target.is_dir() else target.parent
         raise DataError(
-            f"The target {target} must end in .beton; name a file such as {folder / 'dataset.beton'}."
+            f"The target {target} must end in .beton, or be a new folder for shards; "
+            f"name a file such as {folder / 'dataset.beton'}."
         )
-    if target.is_dir():
+    if is_beton and target.is_dir():
         raise DataError(f"The target {target} is a folder; choose another name.")
-    for name, value, low, high in (
-        ("max_side", max_side, 16, MAX_STORED_SIDE),
-        ("quality", quality, 1, 100),
-        ("workers", workers, 1, 256),
-    ):
-        if not low <= value <= high:
-            raise DataError(
-                f"{name} must be between {low} and {high}, not {value}; change it and convert again."
-            )
-
-
-def _describe(
-    source: Path,
-    classes: list[str],
-    usable: list[ImageFile],
-    left_out: tuple[LeftOut, ...],
-    settings: ConvertSettings,
-) -> Manifest:
-    counts = np.bincount([file.label for file in usable], minlength=len(classes)).tolist()
-    names = tuple(printable(name) for name in classes)
-    return Manifest(
-        source=printable(source.resolve()),
-        created=datetime.now(UTC),
-        classes=names,
-        images=len(usable),
-        images_per_class=dict(zip(names, counts, strict=True)),
-        settings=settings,
-        versions={
-            "fastbarlow": version("fastbarlow"),
-            "ffcv": version("ffcv"),
-            "pillow": version("pillow"),
-            "opencv": cv2.__version__,
-            "python": platform.python_version(),
-        },
-        left_out=left_out,
-    )
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    if not is_beton and target.exists():
+        is_ours = target.is_dir() and (manifest_path(target).is_file() or not any(target.iterdir()))
+        if not is_ours:
+            raise DataError(f"The target {target} exists and is no dataset of shards; name a new folder.")
+    if source.is_dir() and target.resolve().is_relative_to(source.resolve()):
+        raise DataError(f"The target {target} lies inside the source {source}; choose one outside of it.")
+    if is_beton and shards is not None:
+        raise DataError(f"The target {target} is one file; name a folder to get shards.")
+    if not is_beton and settings.storage != "jpg":
+        raise DataError(
+            f"Shards hold JPEG files, not {settings.storage} storage; name a target that ends in .beton."
+        )
+    for name, value, low, high in (("shards", shards, 1, 1_000_000), ("workers", workers, 1, 1024)):
+        if value is not None and not low <= value <= high:
+            raise DataError(f"{name} must be between {low} and {high}, not {value}; change it.")

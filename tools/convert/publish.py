@@ -1,0 +1,143 @@
+"""A finished conversion gets its manifest and its names.
+
+Shape legend: N samples.
+"""
+
+import platform
+import shutil
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from tools.convert.journal import Record
+from tools.convert.manifest import (
+    Block,
+    ConvertSettings,
+    LeftOut,
+    Manifest,
+    StoredFile,
+    digest_of,
+    manifest_path,
+    save_manifest,
+    summarise_sizes,
+)
+from tools.convert.recorder import RunningChecksum, flush
+from tools.convert.sources import ImageSet
+from tools.convert.target import Written
+
+
+def software() -> dict[str, str]:
+    """Versions of what the bytes of a dataset depend on."""
+    return {
+        "fastbarlow": version("fastbarlow"),
+        "pillow": version("pillow"),
+        "torch": version("torch"),
+        "torchvision": version("torchvision"),
+        "python": platform.python_version(),
+    }
+
+
+def part_path(target: Path) -> Path:
+    """The temporary name of a dataset's file or folder. It is fixed, so that a resume finds it."""
+    return target.with_name(f".{target.name}.part")
+
+
+def stored_files(
+    records: Iterable[Record], finish: Iterable[Written], checksum: RunningChecksum, final_name: str | None
+) -> tuple[StoredFile, ...]:
+    """The files that these records and `Target.finish` make up; `final_name` is that of a single file."""
+    blocks = []
+    for record in records:
+        if record.file:
+            place = {"start": record.start, "end": record.end, "sha256": record.sha256}
+            blocks.append((record.file, Block(samples=len(record.samples_N), **place)))
+    for written in finish:
+        block = Block(start=written.start, end=written.end, samples=0, sha256=checksum.add(written))
+        blocks.append((written.file, block))
+    blocks.sort(key=lambda pair: (pair[0], pair[1].start, pair[1].end))
+    files = []
+    for name, group in groupby(blocks, key=lambda pair: pair[0]):
+        of_file = tuple(block for _, block in group)
+        is_whole = not any(block.start for block in of_file)
+        files.append(
+            StoredFile(
+                file=final_name or name,
+                bytes=of_file[-1].end,
+                samples=sum(block.samples for block in of_file),
+                sha256=of_file[-1].sha256 if is_whole else None,
+                blocks=of_file,
+            )
+        )
+    return tuple(files)
+
+
+def describe(
+    images: ImageSet,
+    fingerprint: str,
+    settings: ConvertSettings,
+    records: list[Record],
+    files: tuple[StoredFile, ...],
+    seconds: float,
+) -> Manifest:
+    """The manifest of a dataset with at least one sample."""
+    samples_N = np.concatenate([record.samples_N for record in records])
+    classes = tuple(images.classes)
+    counts = np.bincount(np.maximum(samples_N["label"], 0), minlength=len(classes)).tolist()
+    return Manifest(
+        source=str(images.path.resolve()),
+        source_kind=images.description,
+        source_fingerprint=fingerprint,
+        created=datetime.now(UTC),
+        seconds=round(seconds, 3),
+        settings=settings,
+        versions=software(),
+        sha256=digest_of(files),
+        images=len(samples_N),
+        images_copied=int(samples_N["was_copied"].sum()),
+        images_raw=int(samples_N["is_raw"].sum()),
+        image_bytes=int(samples_N["size"].sum(dtype=np.int64)),
+        sizes=summarise_sizes(samples_N["height"], samples_N["width"]),
+        unlabelled=not classes,
+        classes=classes,
+        images_per_class=dict(zip(classes, counts, strict=False)),
+        left_out=tuple(LeftOut(file=name, reason=why) for record in records for name, why in record.left_out),
+        ignored=images.ignored,
+        files=files,
+    )
+
+
+def publish(manifest: Manifest, target: Path) -> None:
+    """Write the manifest, wait until everything is on the disk, and give the dataset its name.
+
+    Raises `OSError`.
+    """
+    part, old = part_path(target), target.with_name(f".{target.name}.old")
+    if part.is_dir():
+        save_manifest(manifest, manifest_path(part))
+        flush(*part.iterdir(), part)
+        if target.is_dir():  # a folder with files in it cannot be replaced in one step
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+        part.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        manifest_part = part_path(manifest_path(target))
+        save_manifest(manifest, manifest_part)
+        flush(part, manifest_part)
+        manifest_part.replace(manifest_path(target))
+        part.replace(target)
+    flush(target.parent)
+
+
+def remove_part(target: Path) -> None:
+    """Remove what an unfinished conversion has left. Raises `OSError`."""
+    part = part_path(target)
+    if part.is_dir() and not part.is_symlink():
+        shutil.rmtree(part)
+    else:
+        part.unlink(missing_ok=True)
+    part_path(manifest_path(target)).unlink(missing_ok=True)
