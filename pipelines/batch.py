@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 NUM_VIEWS = 2
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the codes in `ViewParams.order_VN4`
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class ViewParams:
     box_VN4: Tensor  # int32: crop as top, left, height, width in pixels of the stored image
     flip_VN: Tensor  # bool: mirror left-right
     jitter_VN: Tensor  # bool: whether the four colour operations run at all
-    order_VN4: Tensor  # uint8: order of the colour operations; 0 brightness, 1 contrast, 2 saturation, 3 hue
+    order_VN4: Tensor  # uint8: codes of the colour operations, such as HUE, in their order
     brightness_VN: Tensor  # float32: factor
     contrast_VN: Tensor  # float32: factor
     saturation_VN: Tensor  # float32: factor

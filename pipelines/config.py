@@ -7,6 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Strength = Annotated[float, Field(ge=0, le=1)]
+Deviation = Annotated[float, Field(ge=1e-3)]  # less would take the views out of float16's range
+# Least and largest number of each range. Of the blur, what the registers of a GPU hold.
+BOUNDS = {"crop_scale": (0, 1), "crop_ratio": (1e-3, 1e3), "blur_sigma": (0, 12)}
 
 
 class Section(BaseModel):
@@ -33,12 +36,12 @@ class ViewConfig(Section):
 
     @model_validator(mode="after")
     def _ranges_ascend(self) -> "ViewConfig":
-        for name in ("crop_scale", "crop_ratio", "blur_sigma"):
+        for name, (least, most) in BOUNDS.items():
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(f"{name} must be two ascending positive numbers, not {low}, {high}")
-        if self.crop_scale[1] > 1:
-            raise ValueError(f"crop_scale must not exceed 1, not {self.crop_scale[1]}")
+            if low < least or high > most:
+                raise ValueError(f"{name} must lie within {least:g} and {most:g}, not {low}, {high}")
         return self
 
 
@@ -52,11 +55,7 @@ class AugmentConfig(Section):
     view_a: ViewConfig = ViewConfig()
     view_b: ViewConfig = ViewConfig(**VIEW_B)
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: Annotated[tuple[float, float, float], Field(description="Per channel, all positive.")] = (
-        0.229,
-        0.224,
-        0.225,
-    )
+    std: tuple[Deviation, Deviation, Deviation] = (0.229, 0.224, 0.225)
     implementation: Annotated[
         Literal["auto", "torch", "numba", "triton"],
         Field(description="What distorts: auto is triton on CUDA devices and numba on the CPU."),
@@ -67,12 +66,6 @@ class AugmentConfig(Section):
     def _settings_of_view_b_join_its_own_defaults(cls, view: object) -> object:
         """Else a recipe that sets one of them would give the second view the first one's defaults."""
         return VIEW_B | view if isinstance(view, dict) else view
-
-    @model_validator(mode="after")
-    def _std_is_positive(self) -> "AugmentConfig":
-        if min(self.std) <= 0:
-            raise ValueError(f"std must be positive, not {self.std}")
-        return self
 
     @property
     def views(self) -> tuple[ViewConfig, ViewConfig]:

@@ -1,7 +1,8 @@
 """The numbers of `pipelines.draw` for one sample, to be called from code that numba compiles.
 
-An operation of FFCV, say, can draw the crop box of the sample that it decodes: it is handed the index of the
-sample, and the height and width stand in the dataset's metadata. No Python objects, no GIL.
+It is for operations that numba compiles, such as FFCV's: they can draw the crop box of the sample that they
+decode, whose index they are handed and whose height and width stand in the dataset's metadata. No Python
+objects, no GIL. Today's loader `ffcv` does not call it: it fills its boxes from `pipelines.draw.draw_views`.
 """
 
 from typing import NamedTuple

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from itertools import permutations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor
 
 from pipelines.augment import reference, torch_ops
-from pipelines.augment.box_blur import BoxWeights, box_reach, box_weights
+from pipelines.augment.box_blur import BoxWeights, box_weights
 from pipelines.batch import ViewParams
-from pipelines.config import AugmentConfig, ViewConfig
+from pipelines.config import BOUNDS, AugmentConfig, ViewConfig
 from pipelines.draw import draw_views
 
 pytest.importorskip("triton")
@@ -34,7 +35,7 @@ MIXED = AugmentConfig(
 )
 FULL_REACH = ViewConfig(blur_p=1, blur_sigma=(1.9, 2.0))
 IN_PARTS = AugmentConfig(view_a=FULL_REACH, view_b=NO_BLUR, **IN_LEVELS)
-WIDE = ViewConfig(blur_p=1, blur_sigma=(0.1, 12.3))  # as far as the kernels reach
+WIDE = ViewConfig(blur_p=1, blur_sigma=(0.1, BOUNDS["blur_sigma"][1]))
 WIDEST = AugmentConfig(view_a=WIDE, view_b=NO_BLUR, **IN_LEVELS)
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -103,7 +104,7 @@ def distort(monkeypatch: pytest.MonkeyPatch) -> Iterator[Distort]:
         return buffers[-1][GUARD:-GUARD].view(like.shape)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fused.torch, "empty_like", guarded)
+        patch.setattr(fused, "torch", SimpleNamespace(**{**vars(torch), "empty_like": guarded}))
         yield fused.distort
     assert buffers
     for buffer in buffers:
@@ -234,14 +235,26 @@ def test_sample_is_the_same_alone_and_in_strided_memory(
         assert torch.equal(single.cpu(), whole[:, alone])
 
 
-def test_sigma_beyond_the_reach_of_the_kernels() -> None:
-    from pipelines.augment import fused, kernels_blur
+@pytest.mark.gpu
+def test_where_nothing_is_blurred_no_kernel_of_the_blur_runs(
+    distort: Distort, monkeypatch: pytest.MonkeyPatch, kernel_device: torch.device
+) -> None:
+    from pipelines.augment import kernels_blur
 
-    view = ViewConfig(blur_sigma=(9.0, 15.0))
-    config = AugmentConfig(view_a=view, view_b=view, **IN_LEVELS)
-    assert box_reach(15.0) > kernels_blur.LARGEST_REACH == box_reach(WIDE.blur_sigma[1])
-    params, views = draw(config, 2), make_views(2, 33)
-    assert torch.equal(fused.distort(views, params, config, torch.float32), pixels_of_pil(views, params))
+    launches = []
+    for name in ("box_weights", "blur_rows"):
+        launch = getattr(kernels_blur, name)
+        monkeypatch.setattr(
+            kernels_blur, name, lambda *a, name=name, launch=launch: launches.append(name) or launch(*a)
+        )
+    views = make_views(2, 9)
+    for config, expected in ((COLOURS, []), (IN_PARTS, ["box_weights", "blur_rows", "blur_rows"])):
+        launches.clear()
+        params = draw(config, 2)
+        for dtype in (torch.float32, torch.float16):
+            batched = distorted(distort, views, params, config, dtype, kernel_device)
+            assert torch.equal(batched.float(), pixels_of_pil(views, params))
+        assert launches == 2 * expected
 
 
 @pytest.mark.gpu

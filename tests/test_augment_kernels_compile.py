@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.config import AugmentConfig, ViewConfig
+from pipelines.config import BOUNDS, AugmentConfig, ViewConfig
 from pipelines.draw import draw_views
 
 triton = pytest.importorskip("triton")
@@ -40,7 +40,12 @@ def resources(cubin: Path) -> str:
 
 @pytest.mark.parametrize(
     ("dtype", "max_sigma"),
-    [(torch.float32, 2.0), (torch.float16, 2.0), (torch.bfloat16, 2.0), (torch.float32, 12.3)],
+    [
+        (torch.float32, 2.0),
+        (torch.float16, 2.0),
+        (torch.bfloat16, 2.0),
+        (torch.float32, BOUNDS["blur_sigma"][1]),
+    ],
 )
 @pytest.mark.parametrize("capability", [70, 80, 90, 100])
 def test_every_kernel_compiles_and_fits_the_registers(

@@ -23,7 +23,7 @@ from tools.cli import app
 
 CPU = torch.device("cpu")
 FIELDS = {"implementation", "views_px", "dtype", "device", "repeats", "all_pairs_per_second"}
-FIELDS |= {"pairs_per_second", "us_per_view", "ratio_to_authors"}
+FIELDS |= {"pairs_per_second", "us_per_view", "ratio_to_authors", "timed"}
 ON_CPU = [("authors", "fp32"), *((name, dtype) for name in ("torch", "numba") for dtype in ("fp32", "bf16"))]
 
 
@@ -47,6 +47,7 @@ def test_every_implementation_has_a_row_with_all_fields(short_turns: None, image
     for row in rows:
         assert row.keys() == FIELDS
         assert (row["views_px"], row["device"], row["repeats"]) == (33, "cpu", 3)
+        assert row["timed"] == "wall clock"
         rates = row["all_pairs_per_second"]
         assert len(rates) == 3 and min(rates) > 0
         assert row["pairs_per_second"] == median(rates)
@@ -144,8 +145,9 @@ def test_on_a_gpu_the_rows_state_the_traffic() -> None:
         if row["device"] == "cpu":
             assert row["implementation"] == "authors"
             continue
+        assert row["timed"] == "GPU events"
         assert row["floor_bytes_per_view"] == 3 * 64**2 * (5 if row["dtype"] == "fp32" else 3)
         assert row["memory_floor_share"] > 0
         if row["implementation"] == "triton":
-            assert row["bytes_moved_per_view"] > row["floor_bytes_per_view"]
+            assert row["planned_bytes_per_view"] > row["floor_bytes_per_view"]
     assert {"triton", "torch", "torchvision v2 per sample"} <= {r["implementation"] for r in result["rows"]}

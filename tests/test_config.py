@@ -110,6 +110,20 @@ def test_key_like_no_other_lists_what_its_section_knows(recipe: Path) -> None:
         ("eval.linear.seed=-1", ["eval.linear.seed", "greater than or equal to 0"]),
         ("run_dir=", ["run_dir", "None"]),
         ("data.augment.view_a={crop_scale: [0.5, 0.1]}", ["data.augment.view_a", "ascending"]),
+        (
+            "data.augment.view_a={crop_scale: [0.5, 1.1]}",
+            ["crop_scale must lie within 0 and 1, not 0.5, 1.1"],
+        ),
+        ("data.augment.view_b={crop_ratio: [0.0009, 1]}", ["crop_ratio must lie within 0.001 and 1000"]),
+        ("data.augment.view_b={crop_ratio: [1, 1001]}", ["crop_ratio must lie within 0.001 and 1000"]),
+        (
+            "data.augment.view_a={blur_sigma: [1, 1e6]}",
+            ["blur_sigma must lie within 0 and 12, not 1.0, 1000000"],
+        ),
+        (
+            "data.augment.std=[0.2, 1e-60, 0.2]",
+            ["data.augment.std.1", "greater than or equal to 0.001", "1e-60"],
+        ),
         ("train.optim={lr_weights: -1}", ["train.optim.lr_weights", "greater than 0"]),
     ],
 )
@@ -120,6 +134,14 @@ def test_wrong_value_of_an_override_says_what_is_allowed(
     assert message.startswith("override: ") and message.endswith(".")
     for word in words:
         assert word in message
+
+
+def test_the_widest_ranges_are_allowed(recipe: Path) -> None:
+    ranges = "{crop_scale: [1e-9, 1], crop_ratio: [1e-3, 1e3], blur_sigma: [1e-9, 12]}"
+    augment = load_config(
+        recipe, [f"data.augment.view_a={ranges}", "data.augment.std=[1e-3, 1, 9]"]
+    ).data.augment
+    assert augment.view_a.blur_sigma == (1e-9, 12) and augment.std == (1e-3, 1, 9)
 
 
 def test_wrong_value_in_the_file_names_the_file(recipe: Path) -> None:

@@ -11,6 +11,7 @@ import math
 from functools import cache
 
 import numpy as np
+import pytest
 import torch
 from torchvision import transforms
 
@@ -179,9 +180,25 @@ def test_slightly_wrong_distributions_would_be_seen() -> None:
     assert not seen & {"1 flip_VN", "1 jitter_VN", "1 grayscale_VN", "1 sigma", "1 order"}
 
 
-def test_views_samples_epochs_and_seeds_are_drawn_independently() -> None:
-    """Correlations of every number with every other: within a view, and with those of another stream."""
-    config = both_views(jitter_p=1, grayscale_p=0.5, blur_p=1, solarize_p=0.5)
+@pytest.mark.parametrize(
+    ("p", "names", "num_tied"),
+    [
+        (1.0, (*FACTORS, "first operation", "blur_VN"), 1),
+        # Of the numbers that are constant without jitter or blur, the factors alone keep their means then.
+        (0.5, (*FACTORS, "jitter_VN", "blurred"), 7),
+    ],
+    ids=["numbers", "switches"],
+)
+def test_views_samples_epochs_and_seeds_are_drawn_independently(
+    p: float, names: tuple[str, ...], num_tied: int
+) -> None:
+    """Correlations of every number with every other: within a view, and with those of another stream.
+
+    `p` is that of jitter and blur; flip, grayscale and solarize have 0.5. `num_tied` pairs of a view's
+    numbers depend on each other: tries that do not fit into the image tie the area to the ratio, and a jitter
+    that may be missing ties its factors.
+    """
+    config = both_views(jitter_p=p, grayscale_p=0.5, blur_p=p, solarize_p=0.5)
     params = draw(config)
     streams = [
         (params, 0, 0),
@@ -198,19 +215,21 @@ def test_views_samples_epochs_and_seeds_are_drawn_independently() -> None:
         numbers = {
             "area": height * width,
             "ratio": width / height,
-            "first operation": of["order_VN4"][:, 0],
-            **{name: of[name] for name in (*FACTORS, "blur_VN", "flip_VN", "grayscale_VN", "solarize_VN")},
+            **{name: of[name] for name in ("flip_VN", "grayscale_VN", "solarize_VN")},
         }
+        of |= {"first operation": of["order_VN4"][:, 0], "blurred": (of["blur_VN"] > 0).double()}
+        numbers |= {name: of[name] for name in names}
         rows += numbers.values()
         labels += [(stream, name) for name in numbers]
     correlation = torch.corrcoef(torch.stack(rows))
-    p = torch.special.erfc(correlation.abs() * math.sqrt(N / 2))
+    significance = torch.special.erfc(correlation.abs() * math.sqrt(N / 2))
+    tied = [{"area", "ratio"}, set(FACTORS if p < 1 else ())]
     pairs = [
-        (p[i, j].item(), labels[i], labels[j])
+        (significance[i, j].item(), labels[i], labels[j])
         for i in range(len(labels))
         for j in range(i)
-        # tries that do not fit into the image tie the area to the ratio
-        if (labels[i][0], labels[i][1], labels[j][1]) != (labels[j][0], "ratio", "area")
+        if labels[i][0] != labels[j][0] or not any({labels[i][1], labels[j][1]} <= group for group in tied)
     ]
-    assert len(pairs) == 66 * 65 // 2 - 6
+    count = len(streams) * (5 + len(names))
+    assert len(pairs) == count * (count - 1) // 2 - num_tied * len(streams)
     assert min(pairs)[0] > ALPHA / len(pairs), min(pairs)

@@ -54,6 +54,13 @@ def test_views_are_what_the_trainer_gets(loader: str, beton: Path) -> None:
         np.testing.assert_array_equal(image, read_image(source, index))
 
 
+def test_a_recipe_for_a_gpu_is_shown_on_the_cpu(beton: Path) -> None:
+    expected = load_views(config(beton), 0, 0, 3)
+    on_gpu = AUGMENT.model_copy(update={"implementation": "triton"})
+    shown = load_views(config(beton).model_copy(update={"augment": on_gpu}), 0, 0, 3)
+    np.testing.assert_array_equal(shown.views_VNHWC, expected.views_VNHWC)
+
+
 def pixels(png: Path) -> np.ndarray:
     with Image.open(png) as image:
         assert image.format == "PNG"

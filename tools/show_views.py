@@ -89,12 +89,14 @@ def load_views(data: DataConfig, seed: int, epoch: int, num_images: int) -> Show
     num_images = min(num_images, len(source))
     with closing(build_loader(data, seed=seed, batch_size=num_images)) as loader:
         batch = next(iter(loader.epoch(epoch)))
-    distorted = distort(batch.views_VNHWC, batch.params, data.augment, torch.float32)
+    anywhere = data.augment.model_copy(update={"implementation": "auto"})  # also a GPU's recipe on a CPU
+    distorted = distort(batch.views_VNHWC, batch.params, anywhere, torch.float32)
     indices, labels = batch.indices_N.tolist(), batch.labels_N.tolist()
     return ShownViews(
         images=[np.asarray(read_image(source, index)) for index in indices],
         names=[
-            f"{source.classes[label]}, sample {index}" for index, label in zip(indices, labels, strict=True)
+            f"{source.classes[label] if source.classes else 'unlabelled'}, sample {index}"
+            for index, label in zip(indices, labels, strict=True)
         ],
         views_VNHWC=to_pixels(distorted, data.augment),
         params=batch.params,

@@ -39,9 +39,10 @@ IMPLEMENTATIONS: dict[str, Callable[[], Distort]] = {
 def distort(views_VNHWC: Tensor, params: ViewParams, config: AugmentConfig, dtype: torch.dtype) -> Tensor:
     """Distort and normalise both views: (V, N, C, H, W) of `dtype`, each view contiguous as channels-last.
 
-    `views_VNHWC` are square uint8 crops; `params` are on the same device. `config.implementation` names the
-    implementation. "auto" takes triton on CUDA devices, numba on the CPU and torch on the others, and torch
-    where triton cannot run. Raises `DataError` where the one named cannot serve the device.
+    `views_VNHWC` are square uint8 crops; `params` were drawn with `config` and are on the same device.
+    `config.implementation` names the implementation. "auto" takes triton on CUDA devices, numba on the CPU
+    and torch on the others, and torch where triton cannot run. Raises `DataError` where the one named cannot
+    serve the device.
     """
     chosen = choose(config.implementation, views_VNHWC.device)
     return IMPLEMENTATIONS[chosen]()(views_VNHWC, params, config, dtype)

@@ -1,4 +1,4 @@
-"""The distortions as Triton kernels: four launches for both views, nothing that waits for the host.
+"""The distortions as Triton kernels: at most four launches for both views, nothing that waits for the host.
 
 Bytes moved per view of S x S pixels with 2-byte output, and of 224 x 224:
 
@@ -16,7 +16,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from pipelines.augment import kernels_blur, kernels_colour, torch_ops
+from pipelines.augment import kernels_blur, kernels_colour
 from pipelines.augment.box_blur import BoxWeights, box_reach
 from pipelines.batch import ViewParams
 from pipelines.config import AugmentConfig
@@ -26,24 +26,28 @@ from pipelines.config import AugmentConfig
 def distort(views_VNHWC: Tensor, params: ViewParams, config: AugmentConfig, dtype: torch.dtype) -> Tensor:
     """Distort and normalise both views: (V, N, C, H, W) of `dtype`, each view contiguous as channels-last.
 
-    `views_VNHWC` are square uint8 crops on a CUDA device, as are `params`; `dtype` is float32, bfloat16 or
-    float16. Up to the normalisation the result of `torch_ops.distort` bit for bit; that function does the
-    work where the config allows sigmas beyond the kernels' reach.
+    `views_VNHWC` are square uint8 crops on a CUDA device, as are `params`, which were drawn with `config`;
+    `dtype` is float32, bfloat16 or float16. Up to the normalisation, the result is that of
+    `torch_ops.distort` bit for bit.
     """
-    reach = box_reach(max(view.blur_sigma[1] for view in config.views))
-    if reach > kernels_blur.LARGEST_REACH:
-        return torch_ops.distort(views_VNHWC, params, config, dtype)
     scale_C = tuple(1 / (255 * std) for std in config.std)
     offset_C = tuple(-mean / std for mean, std in zip(config.mean, config.std, strict=True))
     views_VNHWC = views_VNHWC.contiguous()
     params = ViewParams(**{f.name: getattr(params, f.name).contiguous() for f in fields(params)})
-    recoloured_VNHWC, turned_VNWHC = torch.empty_like(views_VNHWC), torch.empty_like(views_VNHWC)
     out_VNHWC = torch.empty_like(views_VNHWC, dtype=dtype)
-    sigma_VN, solarize_VN = params.blur_VN, params.solarize_VN
-    weights = BoxWeights(*(torch.empty_like(sigma_VN, dtype=torch.int32) for _ in range(3)))
+    largest_sigmas = [view.blur_sigma[1] for view in config.views if view.blur_p > 0]
+    # Where nothing is blurred, nothing is written there either.
+    recoloured_VNHWC = torch.empty_like(views_VNHWC) if largest_sigmas else out_VNHWC.view(torch.uint8)
     with torch.cuda.device_of(views_VNHWC):  # Triton launches on the current device
         kernels_colour.recolour(views_VNHWC, params, scale_C, offset_C, recoloured_VNHWC, out_VNHWC)
-        kernels_blur.box_weights(sigma_VN, weights)
-        for source, target in ((recoloured_VNHWC, turned_VNWHC), (turned_VNWHC, out_VNHWC)):
-            kernels_blur.blur_rows(source, sigma_VN, weights, reach, solarize_VN, scale_C, offset_C, target)
+        if largest_sigmas:
+            reach = box_reach(max(largest_sigmas))
+            sigma_VN, solarize_VN = params.blur_VN, params.solarize_VN
+            weights = BoxWeights(*(torch.empty_like(sigma_VN, dtype=torch.int32) for _ in range(3)))
+            kernels_blur.box_weights(sigma_VN, weights)
+            turned_VNWHC = torch.empty_like(views_VNHWC)
+            for source, target in ((recoloured_VNHWC, turned_VNWHC), (turned_VNWHC, out_VNHWC)):
+                kernels_blur.blur_rows(
+                    source, sigma_VN, weights, reach, solarize_VN, scale_C, offset_C, target
+                )
     return out_VNHWC.permute(0, 1, 4, 2, 3)

@@ -11,8 +11,6 @@ from torch import Tensor
 from pipelines.augment.box_blur import BoxWeights
 from pipelines.augment.kernels_colour import finish
 
-LARGEST_REACH = 12  # of a box, which sigmas below 12.4 have: what the registers hold
-
 _WEIGHTS_IMAGES = 128
 _BLUR_LANES, _BLUR_WARPS = 64, 2
 _BLUR_STEPS = 128  # at most; for the 6 times the reach around them, most of the work is done once more
@@ -146,7 +144,8 @@ def blur_rows(
     """Blur along the rows, which become columns, the images with a sigma; the others are not written.
 
     The source is uint8. So can the target be; one of a float type is solarized and normalised. `reach` is
-    that of the widest box, at most `LARGEST_REACH`. All tensors are contiguous and on one device.
+    that of the widest box: 12 at most, or the window leaves the registers. All tensors are contiguous and on
+    one device.
     """
     num_views, num_samples, size = source_VNHWC.shape[:3]
     steps = triton.cdiv(size, triton.cdiv(size, _BLUR_STEPS))

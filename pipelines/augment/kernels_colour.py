@@ -11,11 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pipelines import batch
 from pipelines.batch import ViewParams
 
-CONTRAST = tl.constexpr(1)  # the codes in ViewParams.order_VN4
-SATURATION = tl.constexpr(2)
-HUE = tl.constexpr(3)
+CONTRAST = tl.constexpr(batch.CONTRAST)
+SATURATION = tl.constexpr(batch.SATURATION)
+HUE = tl.constexpr(batch.HUE)
 WARP = tl.constexpr(32)
 
 # One pixel per thread: with more, Triton would pass every pixel through shared memory to widen the stores.

@@ -13,8 +13,10 @@ All compiled code is in this file: numba's cache notices changes in the file of 
 Shape legend: V views (2), N samples, S image size in pixels, P = S * S pixels, C channels (3).
 """
 
+import logging
 import math
 from collections.abc import Callable
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,10 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the codes in ViewParams.order_VN4
+from pipelines.batch import BRIGHTNESS, CONTRAST, SATURATION
+
+_log = logging.getLogger(__name__)
+
 FLOAT32, BFLOAT16, FLOAT16 = range(3)  # what the output is encoded as
 LEAVE_HUE = -1  # in place of a shift
 PIXELS_AT_ONCE = 1024  # of what needs more than 8 bits each: a long loop, yet all in the first-level cache
@@ -56,11 +61,28 @@ def _compiled(**options: Any) -> Callable[[Callable], Callable]:
 
 
 def _cached(function: Callable) -> Callable:
-    """Compiled, and kept on disk for later processes where there is a folder to write to."""
+    """Compiled at its first call, and kept on disk for later processes where that is possible."""
     try:
-        return _compiled(cache=True)(function)
+        kept = _compiled(cache=True)(function)
     except RuntimeError:  # neither beside this file nor in the user's cache folder
         return _compiled()(function)
+    chosen, lock = kept, Lock()
+
+    def call(*arguments: Any) -> Any:
+        nonlocal chosen
+        try:
+            return chosen(*arguments)
+        except Exception as error:  # a full disk, or whatever reading a damaged file raises
+            with lock:
+                if chosen is kept:
+                    anew = _compiled()(function)
+                    result = anew(*arguments)  # raises what was not the cache's fault
+                    _log.warning("numba's cache fails (%r): compiled %s anew.", error, function.__name__)
+                    chosen = anew
+                    return result
+        return chosen(*arguments)
+
+    return call
 
 
 @_cached

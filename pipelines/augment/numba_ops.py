@@ -42,10 +42,13 @@ RANGES_PER_THREAD = 4  # at least
 def distort(views_VNHWC: Tensor, params: ViewParams, config: AugmentConfig, dtype: torch.dtype) -> Tensor:
     """Distort and normalise both views: (V, N, C, H, W) of `dtype`, each view contiguous as channels-last.
 
-    `views_VNHWC` are square uint8 crops on the CPU, as are `params`; `dtype` is float32, bfloat16 or float16.
-    The result depends neither on the number of threads nor on the other samples.
+    `views_VNHWC` are square uint8 crops on the CPU, as are `params`, which were drawn with `config`; `dtype`
+    is float32, bfloat16 or float16. The result depends neither on the number of threads nor on the
+    other samples.
     """
     num_views, num_samples, size = views_VNHWC.shape[:3]
+    if num_samples == 0:
+        return torch.empty(views_VNHWC.shape, dtype=dtype).permute(0, 1, 4, 2, 3)
     # numpy asks the kernel for huge pages, torch does not; its own small ones take as long as half the work.
     out_VNK = np.empty((num_views, num_samples, 3 * size**2 * dtype.itemsize // 2), np.uint16)
     samples_VN = _samples(params)

@@ -51,7 +51,10 @@ def distort_pixels_one(view_HWC: np.ndarray, params: ViewParams, view: int, samp
 
 
 def _jitter(image: Image.Image, params: ViewParams, view: int, sample: int) -> Image.Image:
-    """The four colour operations in the drawn order; a shift of hue by 0 is left out, as by torchvision."""
+    """The four colour operations in the drawn order.
+
+    A shift of hue by exactly 0 is left out, as `ColorJitter` does where its hue is 0.
+    """
     hue = params.hue_VN[view, sample].item()
     operations = (
         lambda x: tv.adjust_brightness(x, params.brightness_VN[view, sample].item()),

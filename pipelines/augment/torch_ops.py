@@ -1,4 +1,4 @@
-"""The distortions of a whole batch with torch, on any device; also under `torch.compile`.
+"""The distortions of a whole batch with torch, on any device that has float64; also under `torch.compile`.
 
 Every sample has its own numbers, and no operation waits for the host on an accelerator. The pixels before the
 normalisation are PIL's 8-bit ones, bit for bit; see the README beside this file for why the formulas below
@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 
 from pipelines.augment.box_blur import box_reach, box_weights
-from pipelines.batch import ViewParams
+from pipelines.batch import CONTRAST, HUE, SATURATION, ViewParams
 from pipelines.config import AugmentConfig
-
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the codes in ViewParams.order_VN4
 
 # Leaving samples out takes a look at their numbers, for which an accelerator would make the host wait.
 _SELECTING_DEVICES = {"cpu"}
@@ -31,7 +29,8 @@ _CHUNK_PIXELS_CPU, _CHUNK_PIXELS = 2**19, 2**23
 def distort(views_VNHWC: Tensor, params: ViewParams, config: AugmentConfig, dtype: torch.dtype) -> Tensor:
     """Distort and normalise both views: (V, N, C, H, W) of `dtype`, each view contiguous as channels-last.
 
-    `views_VNHWC` are square uint8 crops; `params` are on the same device.
+    `views_VNHWC` are square uint8 crops; `params` were drawn with `config` and are on the same device. What
+    leaves a sample without jitter is not `jitter_VN`, but the factors 1 and the shift 0 stored for it.
     """
     num_samples, size = views_VNHWC.shape[1:3]
     device = views_VNHWC.device

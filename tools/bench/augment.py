@@ -59,7 +59,8 @@ def bench_augment(
 
     The variants take turns, so that a slow moment of the machine hits all of them. Ours run on as many
     threads as torch, the authors' PIL code in as many processes. On the CPU the time includes drawing the
-    random numbers. On a GPU ours are drawn ahead, as the loaders do it, and what counts is the GPU's time.
+    random numbers. On a GPU ours are drawn ahead, as the loaders do it, and what counts is the GPU's time
+    from the first kernel to the last; each row's "timed" tells which.
 
     The crops are those of `images`, a folder with one sub-folder per class, or drawn. Raises `DataError`
     where `images` cannot be read or holds fewer than `batch`.
@@ -214,6 +215,7 @@ def _rows(
             "device": variant.device.type,
             "pairs_per_second": median(rates),
             "us_per_view": 1e6 / NUM_VIEWS / median(rates),
+            "timed": "GPU events" if variant.device.type == "cuda" else "wall clock",
             "ratio_to_authors": median(theirs / ours for theirs, ours in zip(seconds[0], times, strict=True)),
             "repeats": len(times),
             "all_pairs_per_second": rates,
@@ -225,7 +227,7 @@ def _rows(
 
 
 def _traffic(variant: Variant, us_per_view: float, size: int, config: AugmentConfig) -> dict[str, float]:
-    """Bytes per view: of the floor, which reads each input and writes each output once, and of our kernels.
+    """Bytes per view: of the floor, which reads each input and writes each output once, and planned for ours.
 
     `memory_floor_share` is the time of the floor, at the speed of a copy on this GPU, over the time taken.
     """
@@ -233,7 +235,7 @@ def _traffic(variant: Variant, us_per_view: float, size: int, config: AugmentCon
     floor = values * (1 + DTYPES[variant.dtype].itemsize)
     traffic = {"floor_bytes_per_view": floor}
     if variant.implementation == "triton":  # which writes and reads 8 bits before each half of the blur
-        traffic["bytes_moved_per_view"] = floor + 4 * values * mean(view.blur_p for view in config.views)
+        traffic["planned_bytes_per_view"] = floor + 4 * values * mean(view.blur_p for view in config.views)
     floor_us = 1e6 * floor / _copy_bytes_per_second(variant.device)
     return traffic | {"memory_floor_share": floor_us / us_per_view}
 

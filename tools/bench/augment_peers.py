@@ -81,19 +81,20 @@ class AuthorsWorkers:
             ) from error
 
 
-_worker: tuple[Tensor, list[Callable[[Image.Image], Tensor]]]
+_worker: list[tuple[Callable[[Image.Image], Tensor], list[Image.Image]]]  # each view's transform and images
 
 
 def _start_worker(views_VNHWC: Tensor, config: AugmentConfig) -> None:
     global _worker
     torch.set_num_threads(1)
-    _worker = views_VNHWC, [authors_transform(view, config) for view in config.views]
+    _worker = [
+        (authors_transform(view, config), [Image.fromarray(image_HWC.numpy()) for image_HWC in view_NHWC])
+        for view, view_NHWC in zip(config.views, views_VNHWC, strict=True)
+    ]
 
 
 def _distort_sample(n: int) -> list[float]:
-    views_VNHWC, both = _worker
-    images = (Image.fromarray(view_NHWC[n].numpy()) for view_NHWC in views_VNHWC)
-    return [transform(image).sum().item() for transform, image in zip(both, images, strict=True)]
+    return [transform(images[n]).sum().item() for transform, images in _worker]
 
 
 class _PilBlur:

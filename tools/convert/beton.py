@@ -59,11 +59,10 @@ class BetonTarget:
         for ptr, data in zip(self._place(samples_N), encoded, strict=True):
             pieces += [bytes(ptr - position), data]
             position = ptr + len(data)
-        data = b"".join(pieces)
-        if not data:
+        if not pieces:
             return None
-        write_all(self._file, data, start)
-        return Written(self.part.name, start, data, self._position)
+        write_all(self._file, pieces, start)
+        return Written(self.part.name, start, pieces, self._position)
 
     def restore(self, samples_N: np.ndarray, ends_file: bool) -> None:
         self._place(samples_N)
@@ -87,8 +86,8 @@ class BetonTarget:
         head = header.tobytes() + fields.tobytes() + metadata_N.tobytes()
         parts = ((self._position, table_N.tobytes()), (0, head.ljust(self._head_size, b"\0")))
         for start, data in parts:
-            write_all(self._file, data, start)
-        return [Written(self.part.name, start, data, start + len(data)) for start, data in parts]
+            write_all(self._file, [data], start)
+        return [Written(self.part.name, start, [data], start + len(data)) for start, data in parts]
 
     def files_bytes(self, num_samples: int, image_bytes: int) -> int:
         tails = 1 + image_bytes / max(num_samples, 1) / 2 / self.max_sample_bytes  # of the pages

@@ -94,7 +94,7 @@ class Journal:
         text = json.dumps(content).encode()
         line = b"%08x %s\n" % (zlib.crc32(text), text)
         position = self._ends[-1] if self._ends else 0
-        write_all(self._file, line, position)
+        write_all(self._file, [line], position)
         self._ends.append(position + len(line))
 
 

@@ -31,11 +31,12 @@ class RunningChecksum:
 
     def add(self, written: Written) -> str:
         """With bytes that were just written."""
-        begin = written.end - len(written.data)
+        begin = written.end - written.size
         self._continue(written.file, written.start, begin)
         if self._end < begin:  # what an earlier conversion has written
             self.read(written.file, written.start, begin)
-        self._sha256.update(written.data)
+        for piece in written.pieces:
+            self._sha256.update(piece)
         self._end = written.end
         return self._sha256.hexdigest()
 
@@ -102,7 +103,7 @@ class Recorder:
         if written is not None:
             place = {"file": written.file, "start": written.start, "end": written.end}
             record = replace(record, sha256=self._checksum.add(written), **place)
-            self._unflushed[written.file] = self._unflushed.get(written.file, 0) + len(written.data)
+            self._unflushed[written.file] = self._unflushed.get(written.file, 0) + written.size
         is_flushed = sum(self._unflushed.values()) >= FLUSH_BYTES
         if is_flushed:
             flush(*(path_of(self._root, file) for file in self._unflushed), self._root, self._root.parent)

@@ -51,14 +51,14 @@ class ShardTarget:
         self._place(samples_N)
         if ends_file and self._position:
             pieces.append(_END)
-        data = b"".join(pieces)
-        if data:
+        if pieces:
             if self._file < 0:
                 self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
-            write_all(self._file, data, start)
+            write_all(self._file, pieces, start)
         if ends_file:
             self._next_shard()
-        return Written(path.name, 0, data, start + len(data)) if data else None
+        end = start + sum(map(len, pieces))
+        return Written(path.name, 0, pieces, end) if pieces else None
 
     def restore(self, samples_N: np.ndarray, ends_file: bool) -> None:
         self._place(samples_N)
@@ -76,7 +76,7 @@ class ShardTarget:
     def finish(self) -> Iterator[Written]:
         for path in sorted(self.part.glob("*.idx")):
             data = path.read_bytes()
-            yield Written(path.name, 0, data, len(data))
+            yield Written(path.name, 0, [data], len(data))
 
     def files_bytes(self, num_samples: int, image_bytes: int) -> int:
         return image_bytes + num_samples * 7 * _BLOCK // 2  # two headers, a label, half a block

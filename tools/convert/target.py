@@ -8,10 +8,15 @@ Shape legend: N samples of a block.
 """
 
 import os
+from collections import deque
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+
+_MOST_PIECES = os.sysconf("SC_IOV_MAX")  # in one call
 
 SAMPLE = np.dtype(
     [
@@ -30,8 +35,13 @@ class Written(NamedTuple):
 
     file: str
     start: int
-    data: bytes
+    pieces: list[bytes]  # in a row; joining them would cost as much as writing them
     end: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of all pieces."""
+        return sum(map(len, self.pieces))
 
 
 class Target(Protocol):
@@ -63,9 +73,13 @@ class Target(Protocol):
         """Close files. May be called at any time, and again."""
 
 
-def write_all(descriptor: int, data: bytes, offset: int) -> None:
-    """`os.pwrite` until everything is written. Raises `OSError`, also where the disk takes only a part."""
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
+def write_all(descriptor: int, pieces: Iterable[bytes], offset: int) -> None:
+    """`os.pwritev` until everything is written. Raises `OSError`, also where the disk takes only a part."""
+    left = deque(memoryview(piece) for piece in pieces if piece)
+    while left:
+        written = os.pwritev(descriptor, list(islice(left, _MOST_PIECES)), offset)
+        offset += written
+        while left and written >= len(left[0]):
+            written -= len(left.popleft())
+        if written:
+            left[0] = left[0][written:]
