@@ -113,11 +113,12 @@ def _dead_worker_explained(batches: Iterator[Tensor | DataError]) -> Iterator[No
     except LOST_WORKER as error:
         if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
             raise
-        stop_workers(batches)
         raise DataError(
             "A worker process that decodes the images ended unexpectedly, probably for lack of (shared) "
             f"memory; lower eval.features.workers or eval.features.batch_size ({error})."
         ) from error
+    finally:
+        stop_workers(batches)
 
 
 def _autocast(device: torch.device) -> torch.autocast:

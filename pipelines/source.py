@@ -21,7 +21,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_datas
 from pipelines.errors import DataError
 
 BETON_VERSION = 2
-_HEADER = np.dtype(
+BETON_HEADER = np.dtype(
     [
         ("version", "<u2"),
         ("num_fields", "<u2"),
@@ -30,15 +30,15 @@ _HEADER = np.dtype(
         ("alloc_table_ptr", "<u8"),
     ]
 )
-_FIELD = np.dtype([("type_id", "u1"), ("name", "S16"), ("arguments", "u1", 1024)])
-_ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
-_IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+BETON_FIELD = np.dtype([("type_id", "u1"), ("name", "S16"), ("arguments", "u1", 1024)])
+BETON_ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+BETON_IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 _BYTES = np.dtype([("ptr", "<u8"), ("size", "<u8")])
 _FLOAT_TYPE, _INT_TYPE, _IMAGE_TYPE = 0, 1, 2
 _METADATA_OF_TYPE = {
     _FLOAT_TYPE: np.dtype("<f8"),
     _INT_TYPE: np.dtype("<i8"),
-    _IMAGE_TYPE: _IMAGE,
+    _IMAGE_TYPE: BETON_IMAGE,
     3: _BYTES,
     4: np.dtype("<u8"),
     5: _BYTES,
@@ -179,13 +179,13 @@ class BetonSource:
         if path.stat().st_size:
             self._file = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
 
-        header = self._read(_HEADER, 0, 1)[0]
+        header = self._read(BETON_HEADER, 0, 1)[0]
         page_size = int(header["page_size"])
         if header["version"] != BETON_VERSION or page_size.bit_count() != 1:
             raise DataError(
                 f"{path} is not a .beton file of version {BETON_VERSION}; convert the images again."
             )
-        fields = self._read(_FIELD, _HEADER.itemsize, int(header["num_fields"]))
+        fields = self._read(BETON_FIELD, BETON_HEADER.itemsize, int(header["num_fields"]))
         types = {field["name"].decode("ascii", "replace"): int(field["type_id"]) for field in fields}
         for name, kind, wanted in (("image", "RGBImageField", _IMAGE_TYPE), ("label", "IntField", _INT_TYPE)):
             if types.get(name) != wanted:
@@ -199,7 +199,7 @@ class BetonSource:
             raise DataError(f"{path} has fields of an unknown type; convert the images again.")
 
         record = np.dtype([(name, _METADATA_OF_TYPE[kind]) for name, kind in types.items()], align=True)
-        metadata_start = _HEADER.itemsize + fields.nbytes
+        metadata_start = BETON_HEADER.itemsize + fields.nbytes
         metadata = self._read(record, metadata_start, int(header["num_samples"]))
         table_start = int(header["alloc_table_ptr"])
         if not len(metadata):
@@ -208,7 +208,7 @@ class BetonSource:
         if table_start < data_start:  # the writer fills it in last
             raise self._cut_short()
         table = self._read(
-            _ALLOCATION, table_start, max(0, len(self._file) - table_start) // _ALLOCATION.itemsize
+            BETON_ALLOCATION, table_start, max(0, len(self._file) - table_start) // BETON_ALLOCATION.itemsize
         )
 
         images = metadata["image"]

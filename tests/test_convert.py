@@ -317,9 +317,74 @@ def test_shards_replace_older_shards_but_nothing_else(folder: Path, tmp_path: Pa
     assert len(list(target.iterdir())) == 2 * 2 + 1
     assert [path.name for path in target.parent.iterdir()] == ["x"]
     (target / "manifest.json").unlink()
-    with pytest.raises(DataError, match=r"x exists and is no dataset of shards; name a new folder"):
+    with pytest.raises(DataError, match=r"x exists and is no dataset of shards, .*; name a new folder"):
         convert(folder, target, workers=1)
     assert len(list(target.iterdir())) == 2 * 2
+
+
+@pytest.mark.parametrize("manifest", ["{}", None])
+def test_folder_with_other_files_is_never_replaced(
+    manifest: str | None, folder: Path, tmp_path: Path
+) -> None:
+    """Neither one with any manifest.json, nor a dataset to which something was added."""
+    target = tmp_path / "x"
+    if manifest is None:
+        convert(folder, target, workers=1)
+    else:
+        target.mkdir()
+        (target / "manifest.json").write_text(manifest)
+    (target / "thesis.txt").write_text("years")
+    before = contents(target)
+    with pytest.raises(DataError, match="holds other files too; name a new folder"):
+        convert(folder, target, workers=1)
+    assert contents(target) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"images", "x"}
+
+
+def test_folder_that_fills_during_the_conversion_is_not_replaced(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "x"
+    target.mkdir()
+    with pytest.raises(DataError, match="holds other files too; name a new folder"):
+        convert(
+            folder,
+            target,
+            workers=1,
+            progress=lambda done, total: (target / "thesis.txt").write_text("years"),
+        )
+    assert contents(target) == {"thesis.txt": b"years"}
+    (target / "thesis.txt").unlink()
+    assert convert(folder, target, workers=1).images == 7
+
+
+def test_what_is_read_is_never_replaced(folder: Path, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    folder.rename(project / "images")
+    with pytest.raises(DataError, match="name a new folder"):
+        convert(project / "images", project, workers=1)
+
+    shards = tmp_path / "x"
+    convert(project / "images", shards, workers=1, shards=2)
+    before = contents(shards)
+    names = sorted(name for name in before if name.endswith(".tar"))
+    (tmp_path / "list.txt").write_text("\n".join(f"x/{name}" for name in names))
+    (tmp_path / "links").mkdir()
+    for name in names:
+        (tmp_path / "links" / name).symlink_to(shards / name)
+    (tmp_path / "link").symlink_to(shards)
+    for source, target in (
+        (tmp_path / "list.txt", shards),
+        (tmp_path / "links", shards),
+        (shards / names[0], shards),
+        (shards / names[0], tmp_path / "link"),
+    ):
+        with pytest.raises(DataError, match=r"000\.tar lies inside .*; choose another target"):
+            convert(source, target, workers=1)
+    for option in ("subset", "ground_truth"):
+        with pytest.raises(DataError, match=r"list lies inside .*/\.x\.old, which .* replace"):
+            convert(project / "images", shards, workers=1, **{option: tmp_path / ".x.old" / "list"})
+    assert contents(shards) == before
+    assert convert(tmp_path / "list.txt", tmp_path / "y", workers=1).images == 7
 
 
 def test_time_and_size_are_estimated_before_anything_is_written(many_images: Path, tmp_path: Path) -> None:
@@ -380,7 +445,7 @@ def test_lack_of_memory_is_not_blamed_on_the_image(monkeypatch: pytest.MonkeyPat
         def name(self, index: int) -> str:
             return "a/0.jpg"
 
-    with pytest.raises(DataError, match=r"Memory ran out at a/0\.jpg; .* fewer workers"):
+    with pytest.raises(DataError, match=r"a/0\.jpg \(out of memory\); .* fewer workers"):
         prepare_entries(Images(), ConvertSettings(), 10**6, range(1))
 
 

@@ -1,6 +1,8 @@
 """Conversions that are interrupted, killed or out of disk lose nothing and end with the same bytes."""
 
+import errno
 import fcntl
+import json
 import os
 import random
 import re
@@ -8,8 +10,10 @@ import resource
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -401,6 +405,128 @@ def test_kill_between_the_names_of_shards_is_repaired(
     run(images, target, progress=lambda done, total: calls.append(done))
     assert calls[0] == NUM_IMAGES
     check_complete(target, expected)
+
+
+@pytest.mark.parametrize("moment", ["data", "manifest"])
+def test_kill_while_a_file_gets_its_name_leaves_no_wrong_manifest(
+    moment: str, images: Path, expected: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Class names of one dataset beside the labels of another would go unnoticed."""
+    target, replace = tmp_path / "x.beton", Path.replace
+    run(images, target, settings=ConvertSettings(max_side=16))
+    last = {"data": target, "manifest": manifest_path(target)}[moment]
+
+    def killed(path: Path, to: Path) -> Path:
+        if to == last:
+            raise KeyboardInterrupt
+        return replace(path, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(images, target)
+    assert not manifest_path(target).exists()
+    assert (target.read_bytes() == expected["x.beton"]["x.beton"]) == (moment == "manifest")
+    run(images, target)
+    check_complete(target, expected)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_kill_after_the_last_step_leaves_nothing_unfinished(
+    name: str, images: Path, expected: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dataset is complete, only its journal is still there: other settings are welcome."""
+    from tools.convert.journal import Journal
+
+    def killed(journal: Journal) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(images, tmp_path / name, settings=ConvertSettings(max_side=16))
+    assert journaled(tmp_path / name) == NUM_IMAGES
+    run(images, tmp_path / name)
+    check_complete(tmp_path / name, expected)
+
+
+@pytest.mark.parametrize("is_archive", [False, True])
+def test_other_source_of_the_same_names_and_sizes_does_not_go_on(
+    is_archive: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pixels are others: neither a copy elsewhere nor files written anew are gone on with."""
+    rng, target = np.random.default_rng(5), tmp_path / "x.beton"
+
+    def write(name: str) -> Path:
+        root = tmp_path / name
+        for i in range(40):
+            path = root / "a" / f"{i:03}.bmp"  # every one has as many bytes
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (31, 17, 3), dtype=np.uint8)).save(path)
+        if not is_archive:
+            return root
+        archive = root.with_suffix(".tar")
+        with tarfile.open(archive, "w") as file:
+            file.add(root, arcname="images")
+        return archive
+
+    first, second = write("first"), write("second")
+    done = interrupted(first, target, 20)
+    refused = pytest.raises(DataError, match=r"unfinished conversion to .* its source; convert as")
+    with refused:
+        run(second, target)
+    status = first.stat() if is_archive else (first / "a" / "003.bmp").stat()
+    write("first")
+    changed = first if is_archive else first / "a" / "003.bmp"
+    os.utime(changed, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    with refused:
+        run(first, target)
+    assert journaled(target) == done
+    manifest = run(second, target, resume=False)
+    run(second, tmp_path / "fresh.beton")
+    assert target.read_bytes() == (tmp_path / "fresh.beton").read_bytes()
+    (tmp_path / "moved").mkdir()
+    moved = second.rename(tmp_path / "moved" / second.name)
+    assert run(moved, tmp_path / "moved.beton").source_fingerprint == manifest.source_fingerprint
+
+
+@pytest.mark.parametrize("line", [0, 1, 3])
+@pytest.mark.parametrize("content", [{"format": 1}, {"entries": 8, "samples_N": "AAA="}, [1], 7])
+def test_journal_of_another_version_is_not_gone_on_with(
+    line: int, content: object, images: Path, expected: dict, tmp_path: Path
+) -> None:
+    target, journal = tmp_path / "x.beton", tmp_path / ".x.beton.journal"
+    interrupted(images, target, 60)
+    lines = journal.read_bytes().splitlines(keepends=True)
+    text = json.dumps(content).encode()
+    lines[line] = b"%08x %s\n" % (zlib.crc32(text), text)
+    journal.write_bytes(b"".join(lines))
+    before = part_path(target).read_bytes(), journal.read_bytes()
+    with pytest.raises(DataError, match=r"unfinished conversion to .* differs .*; convert as before"):
+        run(images, target)
+    assert (part_path(target).read_bytes(), journal.read_bytes()) == before
+    run(images, target, resume=False)
+    check_complete(target, expected)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EAGAIN, errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
+def test_only_a_file_system_without_locks_goes_without(
+    number: int, images: Path, expected: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", refuse)
+        if number in (errno.ENOLCK, errno.EOPNOTSUPP):
+            run(images, tmp_path / "x.beton")
+        else:
+            words = "cannot be written" if number == errno.EIO else "Another conversion to .* is running"
+            with pytest.raises(DataError, match=words):
+                run(images, tmp_path / "x.beton")
+            assert not (tmp_path / "x.beton").exists()
+    run(images, tmp_path / "x.beton")
+    check_complete(tmp_path / "x.beton", expected)
 
 
 def call(*arguments: object) -> Result:

@@ -3,6 +3,7 @@
 Shape legend: H, W height and width.
 """
 
+import errno
 import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,11 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from pipelines.errors import DataError
 from tools.convert.images import BadImage, Stored, prepare
 from tools.convert.jpeg import read_layout
 from tools.convert.manifest import ConvertSettings
+from tools.convert.pool import prepare_entries
+from tools.convert.sources import open_image_set
 
 
 def picture(width: int, height: int, noise: float = 8) -> Image.Image:
@@ -77,8 +82,6 @@ def test_jpeg_that_fits_is_copied(encode: Callable[[Image.Image], bytes], check:
 
 @pytest.mark.parametrize("encode", PLAIN.values(), ids=PLAIN.keys())
 def test_what_is_copied_can_be_decoded_by_every_loader(encode: Callable[[Image.Image], bytes]) -> None:
-    import torch
-
     threads = torch.get_num_threads()
     from ffcv.libffcv import imdecode
     from nvidia.dali import fn, pipeline_def
@@ -314,6 +317,31 @@ def test_too_many_pixels_are_refused_before_they_are_decoded() -> None:
         prepare(data, ConvertSettings())
 
 
+@pytest.mark.parametrize("check", ["structure", "decode"])
+def test_a_jpeg_that_claims_too_many_pixels_is_refused_at_once(
+    check: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("tools.convert.images.decodes_cleanly", fail)
+    monkeypatch.setattr("tools.convert.images.decode_rgb", fail)
+    data = after(saved(picture(33, 21)), b"\xff\xc0", 5, (60000).to_bytes(2, "big") * 2)
+    with pytest.raises(BadImage, match="60000 x 60000 pixels are more than"):
+        prepare(data, ConvertSettings(check=check))
+
+
+@pytest.mark.parametrize("changes", [{"max_side": 100}, {"storage": "raw"}])
+def test_the_decode_check_is_for_what_is_copied(changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr("tools.convert.images.decodes_cleanly", lambda *of: not calls.append(of))
+    data = saved(picture(331, 217))
+    assert not prepare(data, ConvertSettings(check="decode", **changes)).was_copied
+    assert not calls
+    assert prepare(data, ConvertSettings(check="decode")).was_copied
+    assert calls == [(data, 217, 331)]
+
+
 def test_32_bit_pixels_are_refused() -> None:
     floats = Image.fromarray(np.random.default_rng(24).normal(size=(9, 7)).astype(np.float32))
     with pytest.raises(BadImage, match="32-bit pixels have no fixed range"):
@@ -327,6 +355,45 @@ def test_lack_of_memory_is_not_blamed_on_the_image(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("tools.convert.images.decode_rgb", fail)
     with pytest.raises(MemoryError):
         prepare(saved(picture(20, 20), "PNG"), ConvertSettings())
+
+
+SHORTAGES = {
+    "descriptors": OSError(errno.EMFILE, "Too many open files"),
+    "descriptors of the machine": OSError(errno.ENFILE, "Too many open files in system"),
+    "memory for a file": OSError(errno.ENOMEM, "Cannot allocate memory"),
+    "memory": MemoryError(),
+    "Pillow's memory": OSError("out of memory when reading image file"),
+}
+
+
+@pytest.mark.parametrize("error", SHORTAGES.values(), ids=SHORTAGES.keys())
+@pytest.mark.parametrize("where", ["read", "decode_rgb"])
+def test_a_shortage_stops_the_conversion(
+    error: Exception, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    (tmp_path / "0.png").write_bytes(saved(picture(20, 20), "PNG"))
+    images = open_image_set(tmp_path)
+    if where == "read":
+        monkeypatch.setattr(images, "read", fail)
+    else:
+        monkeypatch.setattr("tools.convert.images.decode_rgb", fail)
+    with pytest.raises(DataError, match=r"at 0\.png .*fewer workers or a higher limit .*it goes on"):
+        prepare_entries(images, ConvertSettings(), 1 << 23, range(1))
+
+
+def test_lack_of_memory_for_shrinking_stops_the_conversion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        torch.empty(1 << 58)
+
+    (tmp_path / "0.png").write_bytes(saved(picture(40, 20), "PNG"))
+    monkeypatch.setattr("tools.convert.images.interpolate", fail)
+    with pytest.raises(DataError, match=r"at 0\.png \(out of memory\)"):
+        prepare_entries(open_image_set(tmp_path), ConvertSettings(max_side=16), 1 << 23, range(1))
 
 
 def test_real_photographs_are_whole_and_cut_ones_are_not(shared_data: Path) -> None:

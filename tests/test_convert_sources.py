@@ -385,6 +385,24 @@ def test_devkit_numbers_without_their_meaning_are_refused(
         open_image_set(validation[0], ground_truth=file)
 
 
+TRUTHS = {
+    "with folders": (["cats/1.jpg", "dogs/1.jpg"], "cats/1.jpg cat\ndogs/1.jpg dog"),
+    "with folders, without endings": (["cats/1.jpg", "dogs/1.jpg"], "dogs/1 dog\ncats/1 cat"),
+    "several dots": (["img.1.jpg", "img.2.jpg"], "img.1.jpg,cat\nimg.2.jpg, dog 1 2 3"),
+    "several dots, without endings": (["img.1.jpg", "img.2.jpg"], "img.1 cat\nimg.2\tdog"),
+    "twice the same": (["a/1.jpg", "a/2.jpg"], "1.jpg cat\na/1.jpg cat\n2 dog"),
+}
+
+
+@pytest.mark.parametrize(("names", "text"), TRUTHS.values(), ids=TRUTHS.keys())
+def test_each_line_labels_the_image_that_it_names(names: list[str], text: str, tmp_path: Path) -> None:
+    (tmp_path / "truth.txt").write_text(text)
+    root = write_tree(tmp_path / "images", names)
+    images = open_image_set(root, ground_truth=tmp_path / "truth.txt", unlabelled=True)
+    assert [entry[:2] for entry in listing(images)] == list(zip(names, [0, 1], strict=True))
+    assert images.classes == ["cat", "dog"]
+
+
 SUBSETS = {
     "file names": ["n01_1.JPEG", "n02_0.JPEG"],
     "without ending": ["n01_1", "n02_0"],
@@ -462,6 +480,26 @@ def tar(**files: bytes) -> Callable[[Path], object]:
     return lambda root: write_tar(root, named)
 
 
+def pax_header(record: bytes) -> Callable[[Path], object]:
+    """An archive of one image whose extended header holds this record."""
+    digits = len(str(len(record) + 2))
+    length = len(record) + 2 + digits
+    content = b"%d %s\n" % (length + (len(str(length)) > digits), record)
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, len(content)
+    padding = bytes(-len(content) % 512)
+    header = info.tobuf(tarfile.USTAR_FORMAT) + content + padding
+    return lambda root: root.write_bytes(header + tar_bytes({"0.jpg": b"0"}))
+
+
+def negative_size(root: Path) -> None:
+    header = bytearray(tarfile.TarInfo("0.jpg").tobuf())
+    header[124:136] = b"-0000001000\0"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    root.write_bytes(header + bytes(1024))
+
+
 @pytest.mark.parametrize(
     ("prepare", "options", "words"),
     [
@@ -483,9 +521,26 @@ def tar(**files: bytes) -> Callable[[Path], object]:
         (tree("a/0.jpg"), {"subset": ""}, "subset is empty; write one file name"),
         (tree("a/0.jpg"), {"ground_truth": "x"}, "has labels of its own"),
         (tree("0.jpg"), {"ground_truth": "x\ny"}, "has 2 labels for the 1 images"),
-        (tree("0.jpg"), {"ground_truth": "1.jpg 3"}, "has no label for '0'"),
+        (tree("0.jpg"), {"ground_truth": "1.jpg 3"}, r"has no label for '0\.jpg'"),
         (tree("0.jpg", "1.jpg"), {"ground_truth": "0 1\n2"}, "is no list of labels"),
         (tree("0.jpg"), {"ground_truth": "99999999"}, "label 99999999, which is too large"),
+        (tree("img.1.jpg"), {"ground_truth": "img.1.jpg,"}, "Line 1 of .* lacks a file or its class"),
+        (
+            tree("0.jpg"),
+            {"ground_truth": "\n0.jpg a\n0.jpg b"},
+            "Lines 2 and 3 of .* different classes",
+        ),
+        (tree("0.jpg"), {"ground_truth": "0.jpg a\n0 b"}, "Lines 1 and 2 of .* '0.jpg' different classes"),
+        (tree("0.jpg", "0.png"), {"ground_truth": "0 a"}, "Line 1 of .*, '0', names 2 images in"),
+        (
+            tree("0.jpg", "1.jpg", "2.jpg"),
+            {"ground_truth": "2\n1\n2"},
+            "from 1 to 2; number .* from 0",
+        ),
+        (pax_header(b"size=abc"), {}, "has a damaged extended header"),
+        (pax_header(b"size=-1024"), {}, "has a damaged extended header"),
+        (pax_header(b"size=" + b"9" * 5000), {}, "has a damaged extended header"),
+        (negative_size, {}, r"is not a tar archive \(at byte 0\)"),
     ],
 )
 def test_bad_input_gets_one_sentence(

@@ -278,9 +278,8 @@ def test_triton_where_it_cannot_run_gives_way_to_torch_and_says_so_once(monkeypa
     z_a, z_b = embeddings(4, 3, torch.float32)
     config = LossConfig(implementation="triton")
     terms = [barlow_loss(z_a, z_b, config) for _ in range(2)]
-    assert caplog.messages == [
-        "The loss runs without its Triton kernels: Triton does not compile for the device cpu."
-    ]
+    said = [message for message in caplog.messages if "Triton" in message]
+    assert said == ["The loss runs without its Triton kernels: Triton does not compile for the device cpu."]
     assert terms[0] == terms[1] == barlow_loss(z_a, z_b, LossConfig(implementation="torch"))
 
 

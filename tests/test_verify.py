@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 from pipelines.errors import DataError
 from pipelines.source import open_source
 from tools.cli import app
+from tools.cli_convert import _show_result
 from tools.convert import convert
 from tools.convert.inspect import inspect
 from tools.convert.manifest import Manifest, load_manifest, manifest_path, save_manifest
@@ -149,6 +150,55 @@ def test_manifest_is_checked_too(copy: Path) -> None:
         verify(copy / "x.beton")
 
 
+def other(value: object) -> object:
+    """A value of the same kind that is not this one."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    if isinstance(value, str):
+        return "2001-01-01T00:00:00Z" if value[:2] == "20" else value + "x"
+    if isinstance(value, list):
+        return value + (value[:1] or [{"file": "x.jpg", "reason": "none"}])
+    key, *_ = value
+    return value | {key: other(value[key])}
+
+
+@pytest.mark.parametrize("name", [*Manifest.model_fields, "manifest_sha256"])
+def test_every_field_of_the_manifest_is_checked(name: str, copy: Path) -> None:
+    path = manifest_path(copy / "x.beton")
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content))  # another layout
+    verify(copy / "x.beton")
+    path.write_text(json.dumps(content | {name: other(content[name])}))
+    words = "not a manifest of this version" if name == "format" else "damaged"
+    with pytest.raises(DataError, match=rf"x\.manifest\.json is {words}"):
+        verify(copy / "x.beton")
+
+
+def test_images_are_the_sum_of_the_blocks(copy: Path) -> None:
+    manifest = load_manifest(copy / "x.beton")
+    changed = manifest.model_copy(update={"images": NUM_IMAGES + 1})
+    save_manifest(changed, manifest_path(copy / "x.beton"))
+    with pytest.raises(DataError, match=r"x\.manifest\.json is damaged"):
+        verify(copy / "x.beton")
+
+
+def test_result_of_an_instant_is_shown(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = load_manifest(made / "x.beton").model_copy(update={"seconds": 0.0})
+    _show_result(manifest, made / "x.beton", as_json=False)
+    assert "encoded anew: 0; 0.0 s.\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--raw-factor", "--max-bad"])
+@pytest.mark.parametrize("number", ["nan", "inf"])
+def test_numbers_without_end_are_refused(option: str, number: str, made: Path, tmp_path: Path) -> None:
+    result = call("convert", made / "images", tmp_path / "y.beton", option, number)
+    assert result.exit_code == 2
+    assert isinstance(result.exception, SystemExit)
+    assert not (tmp_path / "y.beton").exists()
+
+
 def test_verify_command_ends_with_2_on_damage(copy: Path) -> None:
     good = call("verify", copy / "x.beton", "--json")
     assert good.exit_code == 0
@@ -200,6 +250,9 @@ def test_inspect_explains_what_is_no_dataset(tmp_path: Path) -> None:
         inspect(tmp_path / "absent")
     with pytest.raises(DataError, match=r"There is no manifest .*manifest\.json"):
         inspect(tmp_path)
+    (tmp_path / "1.jpg").touch()
+    with pytest.raises(DataError, match=r"1\.jpg is no dataset"):
+        inspect(tmp_path / "1.jpg")
     (tmp_path / "x.beton").write_bytes(b"?" * 9000)
     with pytest.raises(DataError, match=r"x\.beton is not a \.beton file"):
         inspect(tmp_path / "x.beton")

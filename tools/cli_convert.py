@@ -1,5 +1,6 @@
 """`fastbarlow convert`, `verify`, `inspect`: datasets made, checked and looked at."""
 
+import math
 import os
 import sys
 import time
@@ -24,6 +25,12 @@ BAR_WIDTH = 40  # characters of the histogram
 _LINE_EVERY_S = 30  # where the progress does not go to a terminal
 
 Dataset = Annotated[Path, typer.Argument(metavar="DST", help="A .beton file, or a folder of shards.")]
+
+
+def _finite(number: float) -> float:
+    if not math.isfinite(number):
+        raise typer.BadParameter(f"{number} is not a finite number.")
+    return number
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -54,7 +61,11 @@ def convert(
     ] = "jpg",
     raw_factor: Annotated[
         float,
-        typer.Option(min=1, help="With mixed: raw where pixels take at most this many times the JPEG."),
+        typer.Option(
+            min=1,
+            callback=_finite,
+            help="With mixed: raw where pixels take at most this many times the JPEG.",
+        ),
     ] = 2.0,
     check: Annotated[
         Literal["structure", "decode"],
@@ -78,7 +89,10 @@ def convert(
         bool, typer.Option(help="Go on with what an interrupted conversion to DST has left.")
     ] = True,
     max_bad: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of bad images above which the exit code is 1.")
+        float,
+        typer.Option(
+            min=0, max=1, callback=_finite, help="Share of bad images above which the exit code is 1."
+        ),
     ] = DEFAULT_MAX_BAD,
     as_json: Json = False,
 ) -> None:
@@ -205,10 +219,11 @@ def _show_result(manifest: "Manifest", target: Path, *, as_json: bool) -> None:
     size = sum(file.bytes for file in manifest.files)
     labels = "without labels" if manifest.unlabelled else f"of {len(manifest.classes)} classes"
     say(f"{target}: {manifest.images} images {labels}, {decimal(size)}.", as_json=as_json)
-    anew, rate = manifest.images - manifest.images_copied, manifest.images / manifest.seconds
+    anew = manifest.images - manifest.images_copied
+    seconds = manifest.seconds
+    rate = f", {manifest.images / seconds:,.0f} images/s" if seconds else ""
     say(
-        f"Copied as they are: {manifest.images_copied}; encoded anew: {anew}; "
-        f"{manifest.seconds:.1f} s, {rate:,.0f} images/s.",
+        f"Copied as they are: {manifest.images_copied}; encoded anew: {anew}; {seconds:.1f} s{rate}.",
         as_json=as_json,
     )
     if manifest.left_out:

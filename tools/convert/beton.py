@@ -14,26 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
+from pipelines.source import BETON_ALLOCATION, BETON_FIELD, BETON_HEADER, BETON_IMAGE, BETON_VERSION
 from tools.convert.target import Written, write_all
 
-VERSION = 2
 MIN_PAGE_SIZE = 1 << 23  # FFCV's default
 
-HEADER = np.dtype(
-    [
-        ("version", "<u2"),
-        ("num_fields", "<u2"),
-        ("page_size", "<u4"),
-        ("num_samples", "<u8"),
-        ("alloc_table_ptr", "<u8"),
-    ]
-)
-FIELD = np.dtype([("type_id", "u1"), ("name", "S16"), ("arguments", "u1", 1024)])
 FIELDS = (("image", 2), ("label", 1))  # RGBImageField, IntField
-IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 # FFCV aligns the label. As a field, the gap is copied; as a gap, it would hold whatever was in memory.
-METADATA = np.dtype([("image", IMAGE), ("gap", "u1", 3), ("label", "<i8")])
-ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+METADATA = np.dtype([("image", BETON_IMAGE), ("gap", "u1", 3), ("label", "<i8")])
 
 
 class BetonTarget:
@@ -48,7 +36,9 @@ class BetonTarget:
         # Even noise at quality 100 stays below 3 bytes per pixel.
         self.max_sample_bytes = max(MIN_PAGE_SIZE, 1 << (3 * max_side**2 - 1).bit_length())
         self._file = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
-        self._head_size = HEADER.itemsize + len(FIELDS) * FIELD.itemsize + num_entries * METADATA.itemsize
+        self._head_size = (
+            BETON_HEADER.itemsize + len(FIELDS) * BETON_FIELD.itemsize + num_entries * METADATA.itemsize
+        )
         self._position = self._head_size
         self._metadata: list[np.ndarray] = []
         self._sizes: list[np.ndarray] = []
@@ -73,14 +63,14 @@ class BetonTarget:
     def finish(self) -> list[Written]:
         """Write the allocation table, then the head: until then the file is of no known format."""
         metadata_N = np.concatenate(self._metadata)
-        table_N = np.zeros(len(metadata_N), ALLOCATION)
+        table_N = np.zeros(len(metadata_N), BETON_ALLOCATION)
         table_N["sample_id"] = np.arange(len(table_N))
         table_N["ptr"] = metadata_N["image"]["data_ptr"]
         table_N["size"] = np.concatenate(self._sizes)
         header = np.array(
-            (VERSION, len(FIELDS), self.max_sample_bytes, len(metadata_N), self._position), HEADER
+            (BETON_VERSION, len(FIELDS), self.max_sample_bytes, len(metadata_N), self._position), BETON_HEADER
         )
-        fields = np.zeros(len(FIELDS), FIELD)
+        fields = np.zeros(len(FIELDS), BETON_FIELD)
         for field, (name, type_id) in zip(fields, FIELDS, strict=True):
             field["name"], field["type_id"] = name, type_id
         head = header.tobytes() + fields.tobytes() + metadata_N.tobytes()
@@ -91,7 +81,7 @@ class BetonTarget:
 
     def files_bytes(self, num_samples: int, image_bytes: int) -> int:
         tails = 1 + image_bytes / max(num_samples, 1) / 2 / self.max_sample_bytes  # of the pages
-        return int(image_bytes * tails) + num_samples * (METADATA.itemsize + ALLOCATION.itemsize)
+        return int(image_bytes * tails) + num_samples * (METADATA.itemsize + BETON_ALLOCATION.itemsize)
 
     def close(self) -> None:
         if self._file >= 0:

@@ -1,6 +1,6 @@
 """A set of images becomes one dataset: complete, in the source's order, and resumable until then."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from errno import EDQUOT, EFBIG, ENOSPC
 from functools import partial
@@ -12,12 +12,21 @@ from tools.convert import blocks
 from tools.convert.beton import BetonTarget
 from tools.convert.estimate import Estimate, estimate
 from tools.convert.journal import Journal, open_journal
-from tools.convert.manifest import ConvertSettings, Manifest, manifest_path
+from tools.convert.manifest import ConvertSettings, Manifest
 from tools.convert.pool import in_order, prepare_entries, threads
-from tools.convert.publish import describe, part_path, publish, remove_part, software, stored_files
+from tools.convert.publish import (
+    check_replaceable,
+    describe,
+    old_path,
+    part_path,
+    publish,
+    remove_part,
+    software,
+    stored_files,
+)
 from tools.convert.recorder import Recorder, RunningChecksum, intact_records
 from tools.convert.shards import SAMPLES_PER_SHARD, ShardTarget
-from tools.convert.sources import ImageSet, open_image_set
+from tools.convert.sources import ImageSet, open_image_set, printable
 from tools.convert.target import Target
 
 
@@ -52,13 +61,16 @@ def convert(
 
     Whatever stops it, nothing is under the final name before step 5; what was there stays. The finished
     blocks stay beside it for the next call. Raises `DataError` for a source without usable images, a target
-    that cannot be written or is too small or in use, remains of another conversion, and settings that
-    exclude each other.
+    that cannot be written, is too small or in use, holds anything else or the source, remains of another
+    conversion, and settings that exclude each other.
     """
     settings = settings or ConvertSettings()
     with _explained(target):
         _check_target(source, target, settings, shards, workers)
+        _check_apart(target, [path for path in (source, subset, ground_truth) if path is not None])
     images = open_image_set(source, ground_truth=ground_truth, subset=subset, unlabelled=unlabelled)  # 1
+    with _explained(target):
+        _check_apart(target, images.archives)
     fingerprint = images.fingerprint()
     if shards is None:
         shards = -(-len(images) // SAMPLES_PER_SHARD)
@@ -67,7 +79,8 @@ def convert(
         with open_journal(target) as journal:
             try:
                 checksum = RunningChecksum(part_path(target))
-                _begin(journal, _head(fingerprint, settings, target, shards), target, checksum, resume)  # 2
+                head = _head(images, fingerprint, settings, target, shards)
+                _begin(journal, head, target, checksum, resume)  # 2
                 with (
                     closing(_open_target(target, len(images), shards, settings)) as writer,
                     Recorder(journal, writer.part, checksum) as recorder,
@@ -81,7 +94,7 @@ def convert(
                 publish(manifest, target)
                 journal.remove()
             finally:
-                if not journal.records:  # nothing to go on with
+                if not journal.records and not journal.is_foreign:  # nothing to go on with
                     remove_part(target)
                     journal.remove()
     return manifest
@@ -91,9 +104,12 @@ def _begin(
     journal: Journal, head: dict[str, Any], target: Path, checksum: RunningChecksum, resume: bool
 ) -> None:
     """Cut the journal down to what the files hold, or start it anew with no files."""
-    if resume and journal.head is not None:
-        differing = [key for key, value in head.items() if journal.head.get(key) != value]
-        if differing and journal.records:
+    if resume and part_path(target).exists():  # otherwise it was killed with all done but the journal's end
+        known = journal.head or {}
+        differing = [key for key, value in head.items() if known.get(key) != value]
+        if journal.is_foreign:
+            differing = ["versions"]
+        if differing and (journal.records or journal.is_foreign):
             raise DataError(
                 f"An unfinished conversion to {target} differs from this one in its "
                 f"{' and '.join(differing)}; convert as before to go on with it, or add --no-resume to "
@@ -138,11 +154,13 @@ def _fill(
         raise DataError(f"{images.path} holds no usable image{example}; put at least one there.")
 
 
-def _head(fingerprint: str, settings: ConvertSettings, target: Path, shards: int) -> dict[str, Any]:
+def _head(
+    images: ImageSet, fingerprint: str, settings: ConvertSettings, target: Path, shards: int
+) -> dict[str, Any]:
     """What must be the same for a conversion to go on. The keys name it in a message."""
     layout = "beton" if target.suffix == ".beton" else f"{shards} shards"
     return {
-        "source": fingerprint,
+        "source": [fingerprint, images.identity()],
         "settings": settings.model_dump(mode="json"),
         "target": {"layout": layout, "block": [blocks.ENTRIES, blocks.BYTES]},
         "versions": software(),
@@ -169,6 +187,17 @@ def _explained(target: Path) -> Iterator[None]:
         raise DataError(f"The dataset cannot be written to {target} ({error.strerror}); {remedy}.") from error
 
 
+def _check_apart(target: Path, read: Iterable[Path]) -> None:
+    """Raise `DataError` where something that is read lies in what the dataset replaces."""
+    for place in (target, part_path(target), old_path(target)):
+        for path in read:
+            if path.resolve().is_relative_to(place.resolve()):
+                raise DataError(
+                    f"{printable(path)} lies inside {place}, which the dataset would replace; "
+                    "choose another target."
+                )
+
+
 def _check_target(
     source: Path, target: Path, settings: ConvertSettings, shards: int | None, workers: int
 ) -> None:
@@ -183,9 +212,7 @@ def _check_target(
     if is_beton and target.is_dir():
         raise DataError(f"The target {target} is a folder; choose another name.")
     if not is_beton and target.exists():
-        is_ours = target.is_dir() and (manifest_path(target).is_file() or not any(target.iterdir()))
-        if not is_ours:
-            raise DataError(f"The target {target} exists and is no dataset of shards; name a new folder.")
+        check_replaceable(target)
     if source.is_dir() and target.resolve().is_relative_to(source.resolve()):
         raise DataError(f"The target {target} lies inside the source {source}; choose one outside of it.")
     if is_beton and shards is not None:

@@ -3,6 +3,7 @@
 Shape legend: H, W height and width.
 """
 
+from errno import EMFILE, ENFILE, ENOMEM
 from io import BytesIO
 from typing import NamedTuple
 
@@ -14,6 +15,9 @@ from torch.nn.functional import interpolate
 from pipelines.source import decode_rgb
 from tools.convert.jpeg import START, DamagedJpegError, JpegLayout, decodes_cleanly, read_layout
 from tools.convert.manifest import ConvertSettings
+
+MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow refuses; of all formats
+_SHORTAGES = (EMFILE, ENFILE, ENOMEM)
 
 
 class Stored(NamedTuple):
@@ -30,11 +34,19 @@ class BadImage(Exception):  # noqa: N818 (it is news, not a fault)
     """The image cannot be in a dataset; the text says why."""
 
 
+def is_shortage(error: Exception) -> bool:
+    """Whether memory or file descriptors have run out, which says nothing about the image."""
+    if isinstance(error, OSError):  # Pillow's own have no number
+        return error.errno in _SHORTAGES or str(error).startswith("out of memory")
+    # That of torch's allocator is a plain RuntimeError.
+    return isinstance(error, MemoryError) or "tried to allocate" in str(error)
+
+
 def prepare(data: bytes, settings: ConvertSettings) -> Stored:
     """What to store of an image file. Any number of threads may call it; the result depends on nothing else.
 
-    1. A JPEG is checked: its structure always, and every bit with `check="decode"` or where a block of the
-       file seems to be lost.
+    1. A JPEG is checked: its structure always, and every bit where a block of the file seems to be lost or,
+       with `check="decode"`, where step 2 may keep it.
     2. With `storage="jpg"`, a whole JPEG that all decoders take and whose longer side is at most `max_side`
        is kept as it is, but for what follows its end marker.
     3. Anything else is decoded to RGB, at half, a quarter or an eighth of the size where the file allows and
@@ -43,14 +55,15 @@ def prepare(data: bytes, settings: ConvertSettings) -> Stored:
     4. The pixels are stored raw, or encoded once, with `quality` and Pillow's 4:2:0 sampling of colours;
        `storage="mixed"` takes the pixels where they need at most `raw_factor` times the JPEG's bytes.
 
-    Raises `BadImage`, and `MemoryError` where the image may be good. Pillow may warn of oddities.
+    Raises `BadImage`, and what `is_shortage` tells where the image may be good. Pillow may warn of
+    oddities.
     """
     layout = _check(data, settings)  # 1
-    if layout is not None and layout.is_plain and max(layout.height, layout.width) <= settings.max_side:
+    if layout is not None and _may_be_kept(layout, settings):
         whole = data[: layout.end]
         raw_bytes = 3 * layout.height * layout.width
         wants_raw = settings.storage == "mixed" and raw_bytes <= settings.raw_factor * len(whole)
-        if settings.storage != "raw" and not wants_raw:
+        if not wants_raw:
             return Stored(whole, layout.height, layout.width, is_raw=False, was_copied=True)  # 2
     pixels_HW3 = _decode(data, settings.max_side)  # 3
     height, width, _ = pixels_HW3.shape
@@ -73,13 +86,17 @@ def _check(data: bytes, settings: ConvertSettings) -> JpegLayout | None:
         layout = read_layout(data)
     except DamagedJpegError as error:
         raise BadImage(str(error)) from error
-    if (
-        layout.is_plain
-        and (settings.check == "decode" or layout.is_suspicious)
-        and not decodes_cleanly(data, layout.height, layout.width)
-    ):
+    if layout.height * layout.width > MAX_PIXELS:
+        raise BadImage(f"{layout.width} x {layout.height} pixels are more than the {MAX_PIXELS} allowed")
+    wants_decoding = layout.is_suspicious or (settings.check == "decode" and _may_be_kept(layout, settings))
+    if layout.is_plain and wants_decoding and not decodes_cleanly(data, layout.height, layout.width):
         raise BadImage("damaged: its pixels do not decode without errors")
     return layout
+
+
+def _may_be_kept(layout: JpegLayout, settings: ConvertSettings) -> bool:
+    fits = max(layout.height, layout.width) <= settings.max_side
+    return layout.is_plain and fits and settings.storage != "raw"
 
 
 def _decode(data: bytes, max_side: int) -> np.ndarray:
@@ -89,11 +106,11 @@ def _decode(data: bytes, max_side: int) -> np.ndarray:
             width, height = image.size
         size = _fit(width, height, max_side)
         image = decode_rgb(BytesIO(data), at_least=size)
-    except MemoryError:
-        raise
     except UnidentifiedImageError as error:
         raise BadImage("not an image") from error
     except Exception as error:  # Pillow's format plug-ins raise many kinds for damaged files
+        if is_shortage(error):
+            raise
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise BadImage(f"damaged: {reason}") from error
     pixels_HW3 = np.array(image)

@@ -7,6 +7,7 @@ Shape legend: N samples of a block.
 """
 
 import base64
+import errno
 import fcntl
 import json
 import os
@@ -21,6 +22,9 @@ import numpy as np
 
 from pipelines.errors import DataError
 from tools.convert.target import SAMPLE, write_all
+
+_LOCKED = (errno.EACCES, errno.EAGAIN)
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # the file system has none
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Record:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Record":
+        """Raises `KeyError`, `TypeError` or `ValueError` for what another version has written."""
         samples_N = np.frombuffer(base64.b64decode(content["samples_N"]), SAMPLE)
         left_out = [(name, reason) for name, reason in content["left_out"]]
         return cls(**content | {"samples_N": samples_N, "left_out": left_out})
@@ -55,20 +60,24 @@ class Journal:
         self.path = path
         self.head: dict[str, Any] | None = None
         self.records: list[Record] = []
+        self.is_foreign = False  # another version has written it; `head` and `records` are incomplete
         self._file = descriptor
         self._ends: list[int] = []  # of the lines
         with open(descriptor, "rb", closefd=False) as lines:
-            for content, end in _whole_lines(lines):
-                if self.head is None:
-                    self.head = content
-                else:
-                    self.records.append(Record.from_json(content))
-                self._ends.append(end)
+            try:
+                for content, end in _whole_lines(lines):
+                    if self.head is None:
+                        self.head = dict(content)
+                    else:
+                        self.records.append(Record.from_json(content))
+                    self._ends.append(end)
+            except (KeyError, TypeError, ValueError):
+                self.is_foreign = True
 
     def start(self, head: dict[str, Any]) -> None:
         """Forget everything; the conversion is now the one that `head` describes."""
         os.ftruncate(self._file, 0)
-        self.head, self.records, self._ends = None, [], []
+        self.head, self.records, self.is_foreign, self._ends = None, [], False, []
         self._append(head)
         self.head = head
 
@@ -110,12 +119,14 @@ def open_journal(target: Path) -> Iterator[Journal]:
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise DataError(
-                    f"Another conversion to {target} is running; wait for its end or choose another target."
-                ) from error
-            except OSError:
-                pass  # a file system without locks
+            except OSError as error:
+                if error.errno in _LOCKED:
+                    raise DataError(
+                        f"Another conversion to {target} is running; wait for its end or choose another "
+                        "target."
+                    ) from error
+                if error.errno not in _NO_LOCKS:
+                    raise
             # The conversion that held the lock until now may have removed the file that was opened.
             if _is_at(descriptor, path):
                 yield Journal(path, descriptor)
@@ -132,7 +143,10 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _whole_lines(lines: BinaryIO) -> Iterator[tuple[dict[str, Any], int]]:
-    """The content of each line up to the first damaged one, and the position where the line ends."""
+    """The content of each line up to the first damaged one, and the position where the line ends.
+
+    Raises `ValueError` for an undamaged line that is not JSON.
+    """
     end = 0
     for line in lines:
         checksum, _, text = line.partition(b" ")

@@ -5,13 +5,13 @@ Shape legend: N samples.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from pipelines.config import Section
 from pipelines.errors import DataError
@@ -19,6 +19,7 @@ from pipelines.errors import DataError
 MAX_STORED_SIDE = 4096
 _LONGER_SIDES = (32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048, 4096)
 
+_OWN_CHECKSUM = "manifest_sha256"
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -38,7 +39,11 @@ class ConvertSettings(Section):
     ] = "jpg"
     raw_factor: Annotated[
         float,
-        Field(ge=1, description="With mixed: raw where the pixels take at most this many times the JPEG."),
+        Field(
+            ge=1,
+            allow_inf_nan=False,
+            description="With mixed: raw where the pixels take at most this many times the JPEG.",
+        ),
     ] = 2.0
     check: Annotated[
         Literal["structure", "decode"],
@@ -92,7 +97,7 @@ class SizeSummary(Section):
 class Manifest(Section):
     """The contents of one dataset. Sample labels are positions in `classes`."""
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     source: str = Field(description="Absolute path of what was converted.")
     source_kind: str
     source_fingerprint: str = Field(description="SHA-256 over names, labels and sizes in the source.")
@@ -151,18 +156,35 @@ def manifest_path(dataset: Path) -> Path:
 
 
 def save_manifest(manifest: Manifest, path: Path) -> None:
-    """Write the manifest as indented JSON. Raises `OSError` where the disk does not take it."""
-    path.write_text(json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
+    """Write the manifest as indented JSON with its own checksum, `manifest_sha256`.
+
+    That is the SHA-256 of the other content as JSON without blanks, keys sorted, in ASCII. Raises `OSError`
+    where the disk does not take it.
+    """
+    content = manifest.model_dump(mode="json")
+    content |= {_OWN_CHECKSUM: _checksum_of(content)}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _checksum_of(content: Mapping[str, object]) -> str:
+    """What `save_manifest` adds to this content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def load_manifest(dataset: Path) -> Manifest:
     """The manifest of the dataset at this path.
 
-    Raises `DataError` where it is missing, unreadable or of another version.
+    Raises `DataError` where it is missing, unreadable, of another version, or not what was written.
     """
     path = manifest_path(dataset)
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        content = json.loads(path.read_bytes())
+        stated = content.pop(_OWN_CHECKSUM, None)
+        manifest = Manifest.model_validate_json(json.dumps(content))
+    except NotADirectoryError as error:
+        raise DataError(
+            f"{dataset} is no dataset; give a .beton file, or a folder that fastbarlow convert has written."
+        ) from error
     except FileNotFoundError as error:
         raise DataError(
             f"There is no manifest {path}; give a dataset that fastbarlow convert has written."
@@ -171,7 +193,10 @@ def load_manifest(dataset: Path) -> Manifest:
         raise DataError(
             f"The manifest {path} cannot be read ({error.strerror}); check its permissions."
         ) from error
-    except ValidationError as error:
+    except (ValueError, AttributeError) as error:  # not JSON, no table, or other fields
         raise DataError(
             f"{path} is not a manifest of this version of fastbarlow; convert the images again."
         ) from error
+    if stated != _checksum_of(content):
+        raise DataError(f"The manifest {path} is damaged or was edited; copy the dataset again.")
+    return manifest

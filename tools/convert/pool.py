@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 from pipelines.errors import DataError
-from tools.convert.images import BadImage, Stored, prepare
+from tools.convert.images import BadImage, Stored, is_shortage, prepare
 from tools.convert.manifest import ConvertSettings
 from tools.convert.sources import ImageSet
 
@@ -34,7 +34,8 @@ def prepare_entries(
 ) -> list[Result]:
     """What becomes of these entries; runs on a thread of the pool.
 
-    Raises `DataError` where the source as a whole is gone, or memory runs out: the image may be good.
+    Raises `DataError` where the source as a whole is gone, or memory or file descriptors run out:
+    the image may be good.
     """
     results: list[Result] = []
     for entry in entries:
@@ -45,14 +46,17 @@ def prepare_entries(
             results.append(stored)
         except BadImage as error:
             results.append(str(error))
-        except OSError as error:
+        except (OSError, MemoryError, RuntimeError) as error:
+            if is_shortage(error):
+                what = error.strerror if isinstance(error, OSError) and error.strerror else "out of memory"
+                raise DataError(
+                    f"The machine gave out at {images.name(entry)} ({what}); run the same command with fewer "
+                    "workers or a higher limit (ulimit): it goes on where this one stopped."
+                ) from error
+            if not isinstance(error, OSError):
+                raise
             _check_source(images, error)
             results.append(f"cannot be read: {error.strerror or error}")
-        except MemoryError as error:
-            raise DataError(
-                f"Memory ran out at {images.name(entry)}; run the same command with fewer workers: "
-                "it goes on where this one stopped."
-            ) from error
     return results
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipelines.errors import DataError
 from tools.convert.journal import Record
 from tools.convert.manifest import (
     Block,
@@ -21,6 +22,7 @@ from tools.convert.manifest import (
     Manifest,
     StoredFile,
     digest_of,
+    load_manifest,
     manifest_path,
     save_manifest,
     summarise_sizes,
@@ -44,6 +46,27 @@ def software() -> dict[str, str]:
 def part_path(target: Path) -> Path:
     """The temporary name of a dataset's file or folder. It is fixed, so that a resume finds it."""
     return target.with_name(f".{target.name}.part")
+
+
+def old_path(target: Path) -> Path:
+    """Where a folder of shards is for the moment in which another one takes its name."""
+    return target.with_name(f".{target.name}.old")
+
+
+def check_replaceable(target: Path) -> None:
+    """Raise `DataError` unless a folder `target` is empty or holds a dataset of shards and nothing else."""
+    names = {path.name for path in target.iterdir()} if target.is_dir() else {""}
+    if not names:
+        return
+    try:
+        own = {"manifest.json", *(file.file for file in load_manifest(target).files)}
+    except DataError:
+        own = set()
+    if names != own or not all((target / name).is_file() for name in names):
+        raise DataError(
+            f"The target {target} exists and is no dataset of shards, or holds other files too; "
+            "name a new folder."
+        )
 
 
 def stored_files(
@@ -113,13 +136,14 @@ def describe(
 def publish(manifest: Manifest, target: Path) -> None:
     """Write the manifest, wait until everything is on the disk, and give the dataset its name.
 
-    Raises `OSError`.
+    Raises `OSError`, and `DataError` for a folder in its place that is not to be replaced.
     """
-    part, old = part_path(target), target.with_name(f".{target.name}.old")
+    part, old = part_path(target), old_path(target)
     if part.is_dir():
         save_manifest(manifest, manifest_path(part))
         flush(*part.iterdir(), part)
         if target.is_dir():  # a folder with files in it cannot be replaced in one step
+            check_replaceable(target)  # again: it may have been filled since
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
         part.rename(target)
@@ -128,8 +152,12 @@ def publish(manifest: Manifest, target: Path) -> None:
         manifest_part = part_path(manifest_path(target))
         save_manifest(manifest, manifest_part)
         flush(part, manifest_part)
-        manifest_part.replace(manifest_path(target))
+        # Whatever stops this, the data never lies beside a manifest that is not its own.
+        manifest_path(target).unlink(missing_ok=True)
+        flush(target.parent)
         part.replace(target)
+        flush(target.parent)
+        manifest_part.replace(manifest_path(target))
     flush(target.parent)
 
 

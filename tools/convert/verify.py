@@ -31,7 +31,8 @@ def verify(dataset: Path, *, workers: int = 4, progress: Progress | None = None)
     where there is no manifest.
     """
     manifest = load_manifest(dataset)
-    if digest_of(manifest.files) != manifest.sha256:
+    samples = sum(block.samples for file in manifest.files for block in file.blocks)
+    if digest_of(manifest.files) != manifest.sha256 or samples != manifest.images:
         raise DataError(f"The manifest {manifest_path(dataset)} is damaged; copy the dataset again.")
     report = progress or (lambda done, total: None)
     for file in manifest.files:

@@ -6,7 +6,8 @@ Shape legend: N images.
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Sequence
 from errno import ENODATA
 from pathlib import Path
 from typing import Protocol
@@ -52,7 +53,14 @@ class ImageSet(Protocol):
         """Bytes of the file; 0 where it cannot be found out."""
 
     def fingerprint(self) -> str:
-        """SHA-256 over classes, names, labels and sizes: what a resumed conversion must find unchanged."""
+        """SHA-256 over classes, names, labels and sizes: the same for a copy elsewhere."""
+
+    def identity(self) -> str:
+        """SHA-256 over where the files lie and when each was last changed: another one for a copy."""
+
+    @property
+    def archives(self) -> Sequence[Path]:
+        """The archives that the images lie in; none where each is a file."""
 
 
 class Names:
@@ -83,6 +91,8 @@ class Names:
 
 class ListedImages(ABC):
     """An `ImageSet` whose images are known one by one: some 70 bytes of memory for each."""
+
+    _archives: Sequence[Path] = ()
 
     def __init__(
         self,
@@ -133,6 +143,17 @@ class ListedImages(ABC):
             digest.update(np.ascontiguousarray(self.entries_N[column]).tobytes())
         return digest.hexdigest()
 
+    @property
+    def archives(self) -> Sequence[Path]:
+        return self._archives
+
+    def identity(self) -> str:
+        places = [os.path.realpath(os.fsencode(path)) for path in (self.path, *self.archives)]
+        files = places[1:] or (places[0] + b"/" + self.raw_name(index) for index in range(len(self)))
+        digest = hashlib.sha256(b"\0".join(places))
+        digest.update(array("q", map(_changed_ns, files)).tobytes())
+        return digest.hexdigest()
+
     def raw_name(self, index: int) -> bytes:
         """Path within the source as the file system or the archive has it."""
         folder = self.folders[self.entries_N["folder"][index]]
@@ -149,6 +170,13 @@ class ListedImages(ABC):
 
     @abstractmethod
     def _read(self, index: int) -> bytes: ...
+
+
+def _changed_ns(file: bytes) -> int:
+    try:
+        return os.stat(file).st_mtime_ns  # noqa: PTH116 (a `Path` costs more)
+    except OSError:  # reading it will tell
+        return UNKNOWN
 
 
 def is_image_name(name: bytes) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 
 from pipelines.errors import DataError
 from tools.convert.sources.base import ListedImages, printable
+from tools.convert.sources.subset import match_names
 
 MAX_LABEL = 1 << 20
 _TRUTH_NAME, _META_NAME = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
@@ -43,9 +44,10 @@ def set_ground_truth(images: ListedImages, file: Path) -> None:
       and archives of the training images;
     - a list with one class per line, in the order of the images' file names;
     - a list of lines "file class", separated by a blank, a tab or a comma, in any order (Kaggle's
-      `LOC_val_solution.csv`, Caffe's `val.txt`); the file's folder and ending may be left out.
+      `LOC_val_solution.csv`, Caffe's `val.txt`); the file is named as in `keep_subset`.
 
-    A class is a name, or a label from 0; see `from_words`. Raises `DataError`, and `OSError`.
+    A class is a name, or a label from 0; see `from_words`. Raises `DataError`, also where two lines
+    disagree or one fits several images, and `OSError`.
     """
     if images.classes:
         raise DataError(
@@ -55,10 +57,14 @@ def set_ground_truth(images: ListedImages, file: Path) -> None:
     lines = _kit_classes(file)
     if lines is None:
         lines = file.read_text(encoding="utf-8").splitlines()
-    rows = [_SEPARATORS.split(line.strip(), maxsplit=1) for line in lines if line.strip()]
-    if rows and rows[0] == ["ImageId", "PredictionString"]:
+    rows = [
+        (number, *_SEPARATORS.split(line.strip(), maxsplit=1))
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    if rows and rows[0][1:] == ("ImageId", "PredictionString"):
         del rows[0]
-    if all(len(row) == 1 for row in rows):
+    if all(len(row) == 2 for row in rows):
         if len(rows) != len(images):
             raise DataError(
                 f"{file} has {len(rows)} labels for the {len(images)} images in {images.path}; "
@@ -66,28 +72,51 @@ def set_ground_truth(images: ListedImages, file: Path) -> None:
             )
         order = sorted(range(len(images)), key=images.names.__getitem__)
         words = [""] * len(images)
-        for index, (word,) in zip(order, rows, strict=True):
+        for index, (_, word) in zip(order, rows, strict=True):
             words[index] = word
-    elif all(len(row) == 2 for row in rows):
-        # Kaggle's lines go on with the boxes of objects.
-        word_of = {_key(row[0]): row[1].split()[0] for row in rows}
-        try:
-            words = [
-                word_of[_key(images.names[index].decode("utf-8", "surrogateescape"))]
-                for index in range(len(images))
-            ]
-        except KeyError as error:
-            raise DataError(f"{file} has no label for {error}; give a line for each image.") from None
+    elif all(len(row) == 3 for row in rows):
+        words = _words_by_name(images, rows, file)
     else:
         raise DataError(
             f"{file} is no list of labels; write one class, or a file and its class, on each line."
         )
-    images.set_labels(*from_words(words, f"The lines of {file}"))
+    classes, labels_N = from_words(words, f"The lines of {file}")
+    present = np.unique(labels_N)
+    if present[0] == 1 and len(present) == len(classes) - 1:  # of words, 0 would be there
+        raise DataError(
+            f"The labels in {file} are numbers from 1 to {present[-1]}; number the classes from 0, or give "
+            "ILSVRC2012_devkit_t12.tar.gz if these are its numbers."
+        )
+    images.set_labels(classes, labels_N)
 
 
-def _key(name: str) -> str:
-    """The file name without folder and ending."""
-    return name.rpartition("/")[2].partition(".")[0]
+def _words_by_name(images: ListedImages, rows: Sequence[tuple[int, str, str]], file: Path) -> list[str]:
+    """The class of each image, from rows (line, file, class)."""
+    line_of: dict[bytes, int] = {}
+    word_of: dict[bytes, str] = {}
+    for line, shown, rest in rows:
+        word = (rest.split() or [""])[0]  # Kaggle's lines go on with the boxes of objects
+        if not shown or not word:
+            raise DataError(f"Line {line} of {file} lacks a file or its class; write both.")
+        name = shown.encode()
+        if word_of.setdefault(name, word) != word:
+            raise DataError(
+                f"Lines {line_of[name]} and {line} of {file} give '{shown}' different classes; remove one."
+            )
+        line_of[name] = line
+    words = []
+    for index, found in enumerate(match_names(images, line_of, file)):
+        stated = {word_of[name]: line_of[name] for name in found}
+        if not stated:
+            raise DataError(f"{file} has no label for '{images.name(index)}'; give a line for each image.")
+        if len(stated) > 1:
+            first, second, *_ = sorted(stated.values())
+            raise DataError(
+                f"Lines {first} and {second} of {file} give '{images.name(index)}' different classes; "
+                "remove one."
+            )
+        words += stated
+    return words
 
 
 def _kit_classes(file: Path) -> list[str] | None:

@@ -1,11 +1,15 @@
-"""The part of the images that a list names."""
+"""The part of the images that a list names.
 
+Shape legend: N images.
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from pipelines.errors import DataError
-from tools.convert.sources.base import ListedImages
+from tools.convert.sources.base import ListedImages, printable
 
 
 def keep_subset(images: ListedImages, file: Path) -> None:
@@ -17,23 +21,38 @@ def keep_subset(images: ListedImages, file: Path) -> None:
     """
     lines = [line.strip() for line in file.read_bytes().splitlines()]
     wanted = {line: number for number, line in enumerate(lines, start=1) if line}
+    if not wanted:
+        raise DataError(f"The list {file} is empty; write one file name on each line.")
+    found_N = match_names(images, wanted, file)
+    used = {name for found in found_N for name in found}
+    for name, line in wanted.items():
+        if name not in used:
+            raise DataError(
+                f"Line {line} of {file}, '{printable(name)}', names no image in {images.path}; correct it."
+            )
+    images.keep(np.array([index for index, found in enumerate(found_N) if found]))
+
+
+def match_names(images: ListedImages, wanted: Mapping[bytes, int], file: Path) -> list[tuple[bytes, ...]]:
+    """For each image the names among `wanted` that are its own; `wanted` gives their lines in `file`.
+
+    A name is the image's path or its file name, each with or without its (last) ending. Raises `DataError`
+    for one that fits several images.
+    """
     hits = dict.fromkeys(wanted, 0)
-    kept = []
+    found_N = []
     for index in range(len(images)):
         path = images.raw_name(index).replace(b".tar/", b"/")
         name = images.names[index]
         forms = {path, name, path.rpartition(b".")[0], name.rpartition(b".")[0]}
-        found = [form for form in forms if form in wanted]
+        found = tuple(form for form in forms if form in wanted)
         for form in found:
             hits[form] += 1
-        if found:
-            kept.append(index)
-    for line, count in hits.items():
-        if count != 1:
-            shown = line.decode("utf-8", "backslashreplace")
-            fault = "names no image" if not count else f"names {count} images"
-            advice = "correct it" if not count else "give its class folder too"
-            raise DataError(f"Line {wanted[line]} of {file}, '{shown}', {fault} in {images.path}; {advice}.")
-    if not kept:
-        raise DataError(f"The list {file} is empty; write one file name on each line.")
-    images.keep(np.array(kept))
+        found_N.append(found)
+    for name, count in hits.items():
+        if count > 1:
+            raise DataError(
+                f"Line {wanted[name]} of {file}, '{printable(name)}', names {count} images in {images.path}; "
+                "give its folder and ending too."
+            )
+    return found_N

@@ -14,6 +14,7 @@ from pipelines.errors import DataError
 BLOCK = 512
 _ADLER_MODULUS = 65521
 MAX_EXTENSION = 1 << 20  # bytes of one extended header; a longer one is damage
+MAX_DIGITS = 20  # of a number in one; as many as 64 bits have
 _ZERO_BLOCK = bytes(BLOCK)
 _EXTENSIONS = frozenset((b"L", b"K", b"x", b"g"))  # their content belongs to the next member, or to all
 _FILES = frozenset((b"0", b"\0", b"7"))
@@ -47,6 +48,8 @@ def members(descriptor: int, archive: str, start: int = 0, end: int | None = Non
             if not _has_right_sum(header):
                 raise ValueError
             size = _number(header[124:136])
+            if size < 0:
+                raise ValueError
         except ValueError:
             what = "is not a tar archive" if position == start else "is damaged"
             raise DataError(f"{archive} {what} (at byte {position}); download or copy it again.") from None
@@ -68,7 +71,7 @@ def members(descriptor: int, archive: str, start: int = 0, end: int | None = Non
             elif kind == b"x":
                 records = _pax_records(content, archive)
                 long_path = records.get(b"path", long_path)
-                long_size = int(records[b"size"]) if b"size" in records else None
+                long_size = _decimal(records[b"size"], archive) if b"size" in records else None
             continue
         path = _short_path(header) if long_path is None else long_path
         long_path = long_size = None
@@ -101,13 +104,24 @@ def _short_path(header: bytes) -> bytes:
 def _pax_records(content: bytes, archive: str) -> dict[bytes, bytes]:
     records = {}
     while content:
-        length, blank, _ = content.partition(b" ")
-        if not blank or not length.isdigit() or not 0 < int(length) <= len(content):
-            raise DataError(f"{archive} has a damaged extended header; download or copy it again.")
-        key, _, value = content[len(length) + 1 : int(length) - 1].partition(b"=")
+        digits, blank, _ = content.partition(b" ")
+        length = _decimal(digits, archive)
+        if not blank or not 0 < length <= len(content):
+            raise _damaged_extension(archive)
+        key, _, value = content[len(digits) + 1 : length - 1].partition(b"=")
         records[key] = value
-        content = content[int(length) :]
+        content = content[length:]
     return records
+
+
+def _decimal(digits: bytes, archive: str) -> int:
+    if not digits.isdigit() or len(digits) > MAX_DIGITS:
+        raise _damaged_extension(archive)
+    return int(digits)
+
+
+def _damaged_extension(archive: str) -> DataError:
+    return DataError(f"{archive} has a damaged extended header; download or copy it again.")
 
 
 def _incomplete(archive: str) -> DataError:
