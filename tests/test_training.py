@@ -98,13 +98,21 @@ def poison_weights(monkeypatch: pytest.MonkeyPatch, before_step: int) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_loss_falls_and_the_run_directory_tells_it(config: RunConfig, precision: str) -> None:
+    """With few distortions and nearly all images in a batch, or else the loss is mostly noise."""
     reports: list[StepReport] = []
-    config = with_(config, train__precision=precision, train__epochs=8)
+    view = {"crop_scale": (0.6, 1), "jitter_p": 0, "grayscale_p": 0, "blur_p": 0, "solarize_p": 0}
+    total = 20
+    config = with_(
+        config,
+        train__precision=precision,
+        train__epochs=total,
+        train__batch_size=NUM_IMAGES - 2,
+        data__augment={"view_a": view, "view_b": view},
+    )
     result = pretrain(config, on_step=reports.append)
-    total = 8 * STEPS_PER_EPOCH
     assert (result.step, result.steps_done, result.last_report) == (total, total, reports[-1])
     assert [r.step for r in reports] == [1, *range(2, total + 1, 2)]
-    assert reports[-1].loss < 0.8 * reports[0].loss
+    assert np.mean([report.loss for report in reports[-4:]]) < 0.75 * reports[0].loss
     assert all(0 <= r.data_wait_share <= 1 and r.pairs_per_second > 0 for r in reports)
     weight = config.model.loss.off_diagonal_weight
     assert reports[0].loss == pytest.approx(reports[0].invariance + weight * reports[0].redundancy, rel=1e-5)
