@@ -71,6 +71,12 @@ class AugmentConfig(Section):
     def views(self) -> tuple[ViewConfig, ViewConfig]:
         return self.view_a, self.view_b
 
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Scale and offset per channel that take pixels of 0 to 255 to normalised values."""
+        scale_C = tuple(1 / (255 * std) for std in self.std)
+        return scale_C, tuple(-mean / std for mean, std in zip(self.mean, self.std, strict=True))
+
 
 class DataConfig(Section):
     """Where the images are and how they reach the device."""

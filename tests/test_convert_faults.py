@@ -14,7 +14,7 @@ import tarfile
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -384,22 +384,29 @@ def test_source_that_vanishes_ends_the_conversion(images: Path, expected: dict, 
     check_complete(tmp_path / "x.beton", expected)
 
 
-def test_kill_between_the_names_of_shards_is_repaired(
-    images: Path, expected: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The old folder has gone aside, the new one has not got its name yet."""
-    target, rename = tmp_path / "x", Path.rename
-    run(images, target, settings=ConvertSettings(max_side=16))
+@contextmanager
+def killed_before(monkeypatch: pytest.MonkeyPatch, method: str, target: Path) -> Iterator[None]:
+    """The block ends where `Path`'s `method` is about to give something the name `target`."""
+    move = getattr(Path, method)
 
     def killed(path: Path, to: Path) -> Path:
         if to == target:
             raise KeyboardInterrupt
-        return rename(path, to)
+        return move(path, to)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run(images, target)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, method, killed)
+        yield
+
+
+def test_kill_between_the_names_of_shards_is_repaired(
+    images: Path, expected: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old folder has gone aside, the new one has not got its name yet."""
+    target = tmp_path / "x"
+    run(images, target, settings=ConvertSettings(max_side=16))
+    with killed_before(monkeypatch, "rename", target):
+        run(images, target)
     assert not target.exists()
     calls = []
     run(images, target, progress=lambda done, total: calls.append(done))
@@ -412,19 +419,11 @@ def test_kill_while_a_file_gets_its_name_leaves_no_wrong_manifest(
     moment: str, images: Path, expected: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Class names of one dataset beside the labels of another would go unnoticed."""
-    target, replace = tmp_path / "x.beton", Path.replace
+    target = tmp_path / "x.beton"
     run(images, target, settings=ConvertSettings(max_side=16))
     last = {"data": target, "manifest": manifest_path(target)}[moment]
-
-    def killed(path: Path, to: Path) -> Path:
-        if to == last:
-            raise KeyboardInterrupt
-        return replace(path, to)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run(images, target)
+    with killed_before(monkeypatch, "replace", last):
+        run(images, target)
     assert not manifest_path(target).exists()
     assert (target.read_bytes() == expected["x.beton"]["x.beton"]) == (moment == "manifest")
     run(images, target)

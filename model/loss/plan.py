@@ -5,7 +5,6 @@ Shape legend: W ranks, n samples of a rank, N = W n of the global batch, D embed
 
 from typing import NamedTuple
 
-ALGORITHMS_PLANNED = ("dense", "gram", "sharded")
 SUM_BYTES = 4  # of float32, in which all sums are taken
 COLLECTIVE_SECONDS = 30e-6  # what a collective costs whatever it carries
 
@@ -39,9 +38,8 @@ class Plan(NamedTuple):
 
 def plan(N: int, D: int, W: int, operand_bytes: int, hardware: Hardware) -> Plan:
     """Compare the algorithms for embeddings of `operand_bytes` an element."""
-    estimates = [estimate(name, N, D, W, operand_bytes, hardware) for name in ALGORITHMS_PLANNED]
-    if W == 1 or D < W:
-        estimates.pop()  # nothing to shard
+    names = [name for name in ALGORITHMS_PLANNED if name != "sharded" or 1 < W <= D]  # else nothing to shard
+    estimates = [estimate(name, N, D, W, operand_bytes, hardware) for name in names]
     fitting = [e for e in estimates if e.peak_bytes <= hardware.memory]
     times = ", ".join(f"{e.algorithm} {float(f'{e.milliseconds:.3g}'):,g} ms" for e in estimates)
     if not fitting:
@@ -57,8 +55,7 @@ def plan(N: int, D: int, W: int, operand_bytes: int, hardware: Hardware) -> Plan
 
 def estimate(name: str, N: int, D: int, W: int, operand_bytes: int, hardware: Hardware) -> Estimate:
     """The cost of one algorithm; n and d are rounded up."""
-    costs = {"dense": _dense, "gram": _gram, "sharded": _sharded}[name]
-    flop, bytes_sent, collectives, peak_bytes, bytes_moved = costs(N, D, W, operand_bytes)
+    flop, bytes_sent, collectives, peak_bytes, bytes_moved = _COSTS[name](N, D, W, operand_bytes)
     seconds = (
         flop / hardware.flops
         + bytes_moved / hardware.memory_bandwidth
@@ -137,3 +134,7 @@ def _sharded(N: int, D: int, W: int, e: int) -> tuple[float, ...]:
     backward = views * (3.5 * e + SUM_BYTES) + 2 * N * N * e
     moved = _passes(N, d, e) + 4 * views * e + 12 * message + 4 * N * N * e
     return 8 * N * N * d, bytes_sent, 6, max(forward, backward), moved
+
+
+_COSTS = {"dense": _dense, "gram": _gram, "sharded": _sharded}
+ALGORITHMS_PLANNED = tuple(_COSTS)

@@ -30,8 +30,7 @@ def distort(views_VNHWC: Tensor, params: ViewParams, config: AugmentConfig, dtyp
     `dtype` is float32, bfloat16 or float16. Up to the normalisation, the result is that of
     `torch_ops.distort` bit for bit.
     """
-    scale_C = tuple(1 / (255 * std) for std in config.std)
-    offset_C = tuple(-mean / std for mean, std in zip(config.mean, config.std, strict=True))
+    scale_C, offset_C = config.normalisation
     views_VNHWC = views_VNHWC.contiguous()
     params = ViewParams(**{f.name: getattr(params, f.name).contiguous() for f in fields(params)})
     out_VNHWC = torch.empty_like(views_VNHWC, dtype=dtype)

@@ -57,8 +57,7 @@ def distort(views_VNHWC: Tensor, params: ViewParams, config: AugmentConfig, dtyp
         views_VNHWC.contiguous().view(num_views, num_samples, -1).numpy(),
         samples_VN,
         samples_VN["radius"].max(),
-        np.array([1 / (255 * std) for std in config.std], np.float32),
-        np.array([-mean / std for mean, std in zip(config.mean, config.std, strict=True)], np.float32),
+        *np.array(config.normalisation, np.float32),
         out_VNK,
         ENCODINGS[dtype],
     )

@@ -40,8 +40,8 @@ def distort(views_VNHWC: Tensor, params: ViewParams, config: AugmentConfig, dtyp
         for start in range(0, num_samples, chunk):
             part = v, slice(start, start + chunk)
             x_NCHW = _distort_part(views_VNHWC[part], params, part, view.blur_sigma[1])
-            for channel, (mean, std) in enumerate(zip(config.mean, config.std, strict=True)):
-                x_NCHW[:, channel].mul_(1 / (255 * std)).sub_(mean / std)
+            for channel, (scale, offset) in enumerate(zip(*config.normalisation, strict=True)):
+                x_NCHW[:, channel].mul_(scale).add_(offset)
             out_VNHWC[part] = x_NCHW.permute(0, 2, 3, 1)
     return out_VNHWC.permute(0, 1, 4, 2, 3)
 
