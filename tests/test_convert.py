@@ -20,8 +20,11 @@ from pipelines.errors import DataError
 from pipelines.source import open_source, read_image
 from tools.convert import convert
 from tools.convert.estimate import Estimate
+from tools.convert.images import BadImage, prepare
 from tools.convert.manifest import ConvertSettings, load_manifest
-from tools.convert.pool import in_order, prepare_entries
+from tools.convert.pool import CHUNKS_AHEAD, Chunk, Memory, chunks, in_order, prepare_entries
+from tools.convert.sources import open_image_set
+from tools.convert.target import cut
 
 Disk = namedtuple("Disk", "total used free")
 
@@ -146,6 +149,70 @@ def test_shards_hold_the_samples_of_the_beton(many_images: Path, tmp_path: Path)
     assert [int(label) for label in labels] == open_source(tmp_path / "x.beton").labels_N.tolist()
     assert [file.samples for file in manifest.files if file.file.endswith(".tar")] == [175] * 4
     assert manifest == load_manifest(tmp_path / "x")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("storage", ["jpg", "mixed", "raw"])
+@pytest.mark.parametrize("check", ["structure", "decode"])
+def test_images_read_together_are_as_if_read_alone(
+    check: str, storage: str, packed: bool, many_images: Path, tmp_path: Path
+) -> None:
+    """Those to copy, with bytes after the end or with a lost block, and those to encode anew or leave out."""
+    root, rng = tmp_path / "images", np.random.default_rng(12)
+    for i, path in enumerate(sorted(many_images.glob("*/*"))[:60]):
+        data = path.read_bytes()
+        kinds = {7: data + rng.bytes(99), 11: data[:-40], 13: b"", 17: b"no image", 19: data + b"\xff"}
+        lost = data[:-300] + bytes(200) + data[-100:]
+        content = {**kinds, 23: lost}.get(i % 24, data)
+        (root / "a").mkdir(parents=True, exist_ok=True)
+        (root / "a" / f"{i:02}.jpg").write_bytes(content)
+    source = root
+    if packed:
+        source = tmp_path / "images.tar"
+        with tarfile.open(source, "w") as tar:
+            tar.add(root, "images")
+    images = open_image_set(source)
+    images.fingerprint()  # now it knows the sizes
+    settings = ConvertSettings(check=check, storage=storage, max_side=64)
+    result = prepare_entries(images, settings, 1 << 23, Memory(), range(60))
+    stored = cut(result.pieces, result.samples_N["size"].tolist())
+    for i, (sample, reason, pieces) in enumerate(zip(result.samples_N, result.reasons, stored, strict=True)):
+        try:
+            alone = prepare(images.read(i), settings)
+        except BadImage as error:
+            assert (reason, pieces) == (str(error), [])
+        else:
+            assert reason is None
+            assert b"".join(pieces) == alone.encoded
+            assert tuple(sample)[:4] == (alone.is_raw, alone.was_copied, alone.height, alone.width)
+    assert 5 < sum(why is not None for why in result.reasons) < 15
+    assert (result.samples_N["was_copied"].sum() > 10) == (storage != "raw")
+
+
+@pytest.mark.parametrize("change", ["grows", "shrinks", "goes", "is a pipe", "is a folder", "is locked"])
+def test_file_that_changes_while_it_is_read_is_taken_as_it_is(change: str, folder: Path) -> None:
+    images = open_image_set(folder)
+    images.fingerprint()
+    file, before = folder / "a" / "x.JPG", (folder / "a" / "x.JPG").read_bytes()
+    if change == "is locked":
+        if os.geteuid() == 0:
+            pytest.skip("root may read everything")
+        file.chmod(0)
+    else:
+        file.unlink()
+    if change in ("grows", "shrinks"):
+        file.write_bytes(before + b"more" if change == "grows" else before[:-1])
+    elif change == "is a pipe":
+        os.mkfifo(file)
+    elif change == "is a folder":
+        file.mkdir()
+    result = prepare_entries(images, ConvertSettings(), 1 << 23, Memory(), range(len(images)))
+    assert [i for i, why in enumerate(result.reasons) if why] == ([1] if change != "grows" else [])
+    images_in = list(cut(result.pieces, result.samples_N["size"].tolist()))
+    assert b"".join(images_in[1]) == (before if change == "grows" else b"")
+    for index in (2, 3, 6):  # the others are not disturbed
+        if images.name(index).endswith("jpg"):
+            assert b"".join(images_in[index]) == (folder / images.name(index)).read_bytes()
 
 
 def test_larger_images_are_shrunk_to_max_side(tmp_path: Path) -> None:
@@ -408,16 +475,52 @@ def test_disk_that_is_certainly_too_small_is_refused(
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_few_images_wait_in_memory(tmp_path: Path) -> None:
-    """A slow disk does not let the threads run ahead."""
-    started = []
-    with ThreadPoolExecutor(3) as pool:
-        seen = 0
-        for chunk in in_order(pool, 3, lambda entries: started.append(entries) or [*entries], 5, 1003):
-            assert chunk[0] == 5 + seen
-            seen += len(chunk)
-            assert sum(map(len, started)) <= seen + 4 * 2 * 3
-    assert seen == 998
+def test_few_bytes_wait_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow disk does not let the threads run ahead, least of all with large files."""
+    monkeypatch.setattr("tools.convert.pool.CHUNK_BYTES", 100)
+    rng, workers = np.random.default_rng(3), 3
+    work = [Chunk(range(i, i + 1), size) for i, size in enumerate(rng.integers(1, 300, 300).tolist())]
+    work[150] = Chunk(range(150, 151), 10**6)  # more than all memory
+    started: list[int] = []
+    with ThreadPoolExecutor(workers) as pool:
+        done = []
+        for result in in_order(pool, workers, lambda entries: started.append(entries[0]) or entries, work):
+            done += result
+            waiting = [work[i].bytes for i in sorted(started)[len(done) - 1 :]]
+            assert len(waiting) <= CHUNKS_AHEAD * workers
+            assert sum(waiting) <= CHUNKS_AHEAD * workers * 100 or waiting == [10**6]
+    assert done == [*range(300)]
+
+
+def test_chunks_take_little_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = open_image_set(folder)
+    sizes = [images.size(i) for i in range(7)]
+    for most in (1, max(sizes), sum(sizes) // 2, 10**9):
+        monkeypatch.setattr("tools.convert.pool.CHUNK_BYTES", most)
+        found = list(chunks(images, ConvertSettings(), 1, 7))
+        assert [i for chunk in found for i in chunk.entries] == [1, 2, 3, 4, 5, 6]
+        for chunk in found:
+            assert chunk.bytes == sum(sizes[i] for i in chunk.entries)
+            assert chunk.bytes <= most or len(chunk.entries) == 1
+    raw = ConvertSettings(storage="raw", max_side=100)  # pixels may take more room than the file
+    assert {chunk.bytes for chunk in chunks(images, raw, 0, 7)} == {7 * 30_000}
+    monkeypatch.setattr("tools.convert.pool.CHUNK", 3)
+    assert [len(chunk.entries) for chunk in chunks(images, raw, 0, 7)] == [3, 3, 1]
+
+
+def test_memory_is_used_again_when_nobody_reads_it() -> None:
+    memory = Memory()
+    first = memory.take(50)
+    first[:] = 7
+    view = memoryview(first)[3:8]
+    place = first.ctypes.data
+    del first
+    second = memory.take(50)  # the first is still read
+    assert second.ctypes.data != place
+    second[:] = 9
+    assert bytes(view) == b"\7" * 5
+    del view
+    assert memory.take(60).ctypes.data == place
 
 
 def test_memory_does_not_grow_with_the_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,6 +532,8 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path: Path, monkeypatch: pyte
     for i in range(2000):
         (tmp_path / "images" / f"{i}.jpg").hardlink_to(file)
     monkeypatch.setattr("tools.convert.blocks.ENTRIES", 16)
+    monkeypatch.setattr("tools.convert.pool.CHUNK_BYTES", 1 << 18)
+    convert(tmp_path / "images", tmp_path / "x.beton", workers=2)  # loads what all need
     tracemalloc.start()
     manifest = convert(tmp_path / "images", tmp_path / "x.beton", workers=2)
     peak = tracemalloc.get_traced_memory()[1]
@@ -437,24 +542,28 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path: Path, monkeypatch: pyte
     assert peak < 8e6
 
 
-def test_lack_of_memory_is_not_blamed_on_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Images:
-        def read(self, index: int) -> bytes:
-            raise MemoryError
+@pytest.mark.parametrize("where", ["for its chunk", "for it alone"])
+def test_lack_of_memory_is_not_blamed_on_the_image(
+    where: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise MemoryError
 
-        def name(self, index: int) -> str:
-            return "a/0.jpg"
-
-    with pytest.raises(DataError, match=r"a/0\.jpg \(out of memory\); .* fewer workers"):
-        prepare_entries(Images(), ConvertSettings(), 10**6, range(1))
+    images = open_image_set(folder)
+    if where == "for its chunk":
+        monkeypatch.setattr(Memory, "take", fail)
+    else:
+        monkeypatch.setattr(images, "read_together", lambda entries, *_: np.zeros(len(entries), bool))
+        monkeypatch.setattr(images, "read", fail)
+    with pytest.raises(DataError, match=r"a/m\.bmp \(out of memory\); .* fewer workers"):
+        prepare_entries(images, ConvertSettings(), 10**6, Memory(), range(3))
 
 
 def test_image_that_fits_no_page_is_left_out(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    from tools.convert.sources import open_image_set
-
     images = open_image_set(folder)
-    results = prepare_entries(images, ConvertSettings(), 100, range(len(images)))
-    assert all("bytes are more than the 100 that fit a page" in result for result in results)
+    results = prepare_entries(images, ConvertSettings(), 100, Memory(), range(len(images)))
+    assert all("bytes are more than the 100 that fit a page" in reason for reason in results.reasons)
+    assert (results.pieces, results.num_bytes) == ([], 0)
 
 
 def test_imagenet_archive_with_faulty_images(shared_data: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Conversions that are interrupted, killed or out of disk lose nothing and end with the same bytes."""
 
+import ctypes
 import errno
 import fcntl
 import json
@@ -29,7 +30,8 @@ from tools.convert import convert
 from tools.convert.images import prepare
 from tools.convert.journal import open_journal
 from tools.convert.manifest import ConvertSettings, load_manifest, manifest_path
-from tools.convert.publish import part_path
+from tools.convert.pool import prepare_entries
+from tools.convert.publish import _exchange, part_path
 from tools.convert.verify import verify
 
 TARGETS = ["x.beton", "x"]
@@ -55,6 +57,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tools.convert.blocks.ENTRIES", BLOCK)
+    monkeypatch.setattr("tools.convert.pool.CHUNK", 4)
 
 
 def run(images: Path, target: Path, **options: object) -> object:
@@ -68,6 +71,7 @@ def expected(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     out = tmp_path_factory.mktemp("expected")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tools.convert.blocks.ENTRIES", BLOCK)
+        patch.setattr("tools.convert.pool.CHUNK", 5)  # of no account
         for name in TARGETS:
             run(images, out / name)
     return {name: contents(out / name) for name in TARGETS}
@@ -190,6 +194,7 @@ def slow(*args):
     return prepare(*args)
 
 tools.convert.blocks.ENTRIES = {BLOCK}
+tools.convert.pool.CHUNK = 4
 tools.convert.pool.prepare = slow
 for name, shards in (("x.beton", None), ("x", 3)):
     options = dict(settings=ConvertSettings(max_side=48), shards=shards, workers=1)
@@ -403,6 +408,7 @@ def test_kill_between_the_names_of_shards_is_repaired(
     images: Path, expected: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The old folder has gone aside, the new one has not got its name yet."""
+    monkeypatch.setattr("tools.convert.publish._exchange", lambda first, second: False)
     target = tmp_path / "x"
     run(images, target, settings=ConvertSettings(max_side=16))
     with killed_before(monkeypatch, "rename", target):
@@ -411,6 +417,62 @@ def test_kill_between_the_names_of_shards_is_repaired(
     calls = []
     run(images, target, progress=lambda done, total: calls.append(done))
     assert calls[0] == NUM_IMAGES
+    check_complete(target, expected)
+
+
+def test_shards_are_replaced_in_one_step(
+    images: Path, expected: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At no moment is there no dataset; a kill right after that step leaves the new one."""
+    target = tmp_path / "x"
+    (tmp_path / "1").mkdir()
+    (tmp_path / "2").mkdir()
+    if not _exchange(tmp_path / "1", tmp_path / "2"):
+        pytest.skip("the system here cannot exchange names")
+    old = run(images, target, settings=ConvertSettings(max_side=16))
+    with killed_before(monkeypatch, "rename", tmp_path / ".x.old"):
+        run(images, target)
+    assert contents(target) == expected["x"]
+    assert load_manifest(part_path(target)) == old
+    seen, rename = [], Path.rename
+
+    def watched(path: Path, to: Path) -> Path:
+        seen.append(load_manifest(target).settings.max_side)
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", watched)
+    run(images, target)
+    assert seen == [SETTINGS.max_side]
+    check_complete(target, expected)
+
+
+@pytest.mark.parametrize(("number", "words"), [(errno.EINVAL, None), (errno.EACCES, "Permission denied")])
+def test_only_a_system_that_cannot_exchange_names_goes_without(
+    number: int,
+    words: str | None,
+    images: Path,
+    expected: dict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target = tmp_path / "x"
+    run(images, target, settings=ConvertSettings(max_side=16))
+    before = contents(target)
+
+    class Library:
+        def renameat2(self, *_: object) -> int:
+            ctypes.set_errno(number)
+            return -1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ctypes, "CDLL", lambda *_, **__: Library())
+        if words is None:
+            run(images, target)
+        else:
+            with pytest.raises(DataError, match=words):
+                run(images, target)
+            assert contents(target) == before
+    run(images, target)
     check_complete(target, expected)
 
 
@@ -548,16 +610,13 @@ def test_too_many_bad_images_fail_the_command_but_not_the_dataset(images: Path, 
 def test_ctrl_c_says_that_the_same_command_goes_on(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    count = []
-
-    def interrupt(*args: object) -> object:
-        count.append(args)
-        if len(count) == 60:
+    def interrupt(*arguments: object) -> object:
+        if arguments[-1].start >= 60:
             raise KeyboardInterrupt
-        return prepare(*args)
+        return prepare_entries(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("tools.convert.pool.prepare", interrupt)
+        patch.setattr(sys.modules["tools.convert.convert"], "prepare_entries", interrupt)
         result = call("convert", images, tmp_path / "x.beton")
     assert result.exit_code == 130
     assert result.stderr.splitlines() == ["Interrupted; the same command goes on where it stopped."]
@@ -566,3 +625,63 @@ def test_ctrl_c_says_that_the_same_command_goes_on(
     again = call("convert", images, tmp_path / "x.beton", "--max-bad", 1)
     assert again.exit_code == 0
     assert f"Going on after {done} of {NUM_IMAGES} files" in again.stdout
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_impatient_ctrl_c_is_as_good_as_one(name: str, images: Path, expected: dict, tmp_path: Path) -> None:
+    """Pressed again and again while the blocks in work are recorded."""
+    script = f"""
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
+import tools.convert.blocks, tools.convert.pool
+from tools.cli import app
+from tools.convert.recorder import RunningChecksum
+
+add = RunningChecksum.add
+
+def slow(*args):
+    time.sleep(0.3)
+    return add(*args)
+
+tools.convert.blocks.ENTRIES = {BLOCK}
+tools.convert.pool.CHUNK = 4
+RunningChecksum.add = slow
+app({["convert", str(images), str(tmp_path / name), "--max-side", "48", "--workers", "2"]!r}
+    + {["--shards", "3"] if name == "x" else []!r})
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    child = subprocess.Popen([sys.executable, "-c", script], env=environment, **pipes)
+    journal = tmp_path / f".{name}.journal"
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 2):
+        assert child.poll() is None
+        time.sleep(0.01)
+    for _ in range(10):
+        child.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    _, errors = child.communicate(timeout=30)
+    assert child.returncode == 130
+    assert errors.splitlines() == ["Interrupted; the same command goes on where it stopped."]
+    done = journaled(tmp_path / name)
+    assert done >= 2 * BLOCK
+    calls: list[int] = []
+    run(images, tmp_path / name, progress=lambda now, total: calls.append(now))
+    assert calls[0] == done
+    check_complete(tmp_path / name, expected)
+
+
+def test_only_the_usual_ctrl_c_is_changed_and_only_for_a_conversion(images: Path, tmp_path: Path) -> None:
+    before, handlers = signal.getsignal(signal.SIGINT), []
+
+    def note(*_: object) -> None:
+        handlers.append(signal.getsignal(signal.SIGINT))
+
+    try:
+        for handler in (signal.default_int_handler, note):
+            signal.signal(signal.SIGINT, handler)
+            run(images, tmp_path / "x.beton", progress=note)
+            assert signal.getsignal(signal.SIGINT) is handler
+            assert (set(handlers) == {handler}) == (handler is note)
+            handlers.clear()
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -18,7 +18,7 @@ from pipelines.errors import DataError
 from tools.convert.images import BadImage, Stored, prepare
 from tools.convert.jpeg import read_layout
 from tools.convert.manifest import ConvertSettings
-from tools.convert.pool import prepare_entries
+from tools.convert.pool import Memory, prepare_entries
 from tools.convert.sources import open_image_set
 
 
@@ -312,7 +312,7 @@ def test_odd_sizes_survive(size: tuple[int, int]) -> None:
 
 
 def test_too_many_pixels_are_refused_before_they_are_decoded() -> None:
-    data = saved(Image.new("1", (20000, 20000)), "PNG")
+    data = saved(Image.new("1", (20001, 20000)), "PNG")
     with pytest.raises(BadImage, match="exceeds limit"):
         prepare(data, ConvertSettings())
 
@@ -377,11 +377,12 @@ def test_a_shortage_stops_the_conversion(
     (tmp_path / "0.png").write_bytes(saved(picture(20, 20), "PNG"))
     images = open_image_set(tmp_path)
     if where == "read":
+        monkeypatch.setattr(images, "read_together", lambda entries, *_: np.zeros(len(entries), bool))
         monkeypatch.setattr(images, "read", fail)
     else:
         monkeypatch.setattr("tools.convert.images.decode_rgb", fail)
     with pytest.raises(DataError, match=r"at 0\.png .*fewer workers or a higher limit .*it goes on"):
-        prepare_entries(images, ConvertSettings(), 1 << 23, range(1))
+        prepare_entries(images, ConvertSettings(), 1 << 23, Memory(), range(1))
 
 
 def test_lack_of_memory_for_shrinking_stops_the_conversion(
@@ -393,7 +394,7 @@ def test_lack_of_memory_for_shrinking_stops_the_conversion(
     (tmp_path / "0.png").write_bytes(saved(picture(40, 20), "PNG"))
     monkeypatch.setattr("tools.convert.images.interpolate", fail)
     with pytest.raises(DataError, match=r"at 0\.png \(out of memory\)"):
-        prepare_entries(open_image_set(tmp_path), ConvertSettings(max_side=16), 1 << 23, range(1))
+        prepare_entries(open_image_set(tmp_path), ConvertSettings(max_side=16), 1 << 23, Memory(), range(1))
 
 
 def test_real_photographs_are_whole_and_cut_ones_are_not(shared_data: Path) -> None:

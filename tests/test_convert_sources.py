@@ -388,7 +388,7 @@ def test_devkit_numbers_without_their_meaning_are_refused(
 TRUTHS = {
     "with folders": (["cats/1.jpg", "dogs/1.jpg"], "cats/1.jpg cat\ndogs/1.jpg dog"),
     "with folders, without endings": (["cats/1.jpg", "dogs/1.jpg"], "dogs/1 dog\ncats/1 cat"),
-    "several dots": (["img.1.jpg", "img.2.jpg"], "img.1.jpg,cat\nimg.2.jpg, dog 1 2 3"),
+    "several dots": (["img.1.jpg", "img.2.jpg"], "img.1.jpg,cat\nimg.2.jpg, dog "),
     "several dots, without endings": (["img.1.jpg", "img.2.jpg"], "img.1 cat\nimg.2\tdog"),
     "twice the same": (["a/1.jpg", "a/2.jpg"], "1.jpg cat\na/1.jpg cat\n2 dog"),
 }
@@ -401,6 +401,14 @@ def test_each_line_labels_the_image_that_it_names(names: list[str], text: str, t
     images = open_image_set(root, ground_truth=tmp_path / "truth.txt", unlabelled=True)
     assert [entry[:2] for entry in listing(images)] == list(zip(names, [0, 1], strict=True))
     assert images.classes == ["cat", "dog"]
+
+
+def test_class_in_a_list_is_the_rest_of_the_line(tmp_path: Path) -> None:
+    (tmp_path / "truth.txt").write_text("1.jpg great white shark\n2.jpg\t great dane \n3.jpg,great dane\n")
+    root = write_tree(tmp_path / "images", ["1.jpg", "2.jpg", "3.jpg"])
+    images = open_image_set(root, ground_truth=tmp_path / "truth.txt")
+    assert images.classes == ["great dane", "great white shark"]
+    assert [images.label(i) for i in range(3)] == [1, 0, 0]
 
 
 SUBSETS = {

@@ -104,6 +104,32 @@ def test_damaged_samples_of_a_beton_are_named(copy: Path) -> None:
         flip(copy / "x.beton", start + 100)
 
 
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("samples", [[40], [38, 41, 47]])
+def test_samples_that_no_longer_decode_are_named(samples: list[int], name: str, copy: Path) -> None:
+    """Checksums tell of blocks only, and decoding more. The second shard begins with sample 37."""
+    path = copy / "x.beton" if name == "x.beton" else copy / "x" / "shard-000001.tar"
+    source = open_source(copy / "x.beton")
+    data = bytearray(path.read_bytes())
+    for sample in samples:
+        start = data.index(source.encoded(sample).tobytes())
+        data[start + 650 : start + 690] = b"\xff\x42" * 20  # no marker that may be there
+    path.write_bytes(data)
+    words = rf"are not what was written, and of these {', '.join(map(str, samples))} cannot be decoded \("
+    with pytest.raises(DataError, match=words):
+        verify(copy / name)
+
+
+def test_many_samples_are_named_in_one_short_sentence(copy: Path) -> None:
+    source = open_source(copy / "x.beton")
+    with (copy / "x.beton").open("r+b") as file:
+        data = file.read()
+        file.seek(data.index(source.encoded(3).tobytes()))
+        file.write(bytes(data.index(source.encoded(15).tobytes()) - file.tell()))
+    with pytest.raises(DataError, match=r"of these 3, 4, 5, 6, 7, 8, 9, 10, 11, 12 and 2 others cannot"):
+        verify(copy / "x.beton")
+
+
 def test_first_damage_among_shards_is_named(copy: Path) -> None:
     """The second shard holds the samples from 37 on, in blocks of 16."""
     flip(copy / "x" / "shard-000001.tar", (copy / "x" / "shard-000001.tar").stat().st_size - 1)

@@ -117,28 +117,30 @@ def convert(
         fastbarlow convert imagenet/train shards/train --shards 1024 --max-side 400
     """
     from tools.convert import convert as convert_images
+    from tools.convert.interrupt import single_interrupt
     from tools.convert.manifest import ConvertSettings, manifest_path
 
     settings = ConvertSettings(
         max_side=max_side, quality=quality, storage=storage, raw_factor=raw_factor, check=check
     )
-    try:
-        with _progress("images") as progress:
-            manifest = convert_images(
-                source,
-                target,
-                settings=settings,
-                shards=shards,
-                subset=subset,
-                ground_truth=ground_truth,
-                unlabelled=unlabelled,
-                workers=workers,
-                resume=resume,
-                on_estimate=lambda known: _show_estimate(known, as_json=as_json),
-                progress=progress,
-            )
-    except KeyboardInterrupt:
-        leave("Interrupted; the same command goes on where it stopped.", EXIT_INTERRUPTED)
+    with single_interrupt():
+        try:
+            with _progress("images") as progress:
+                manifest = convert_images(
+                    source,
+                    target,
+                    settings=settings,
+                    shards=shards,
+                    subset=subset,
+                    ground_truth=ground_truth,
+                    unlabelled=unlabelled,
+                    workers=workers,
+                    resume=resume,
+                    on_estimate=lambda known: _show_estimate(known, as_json=as_json),
+                    progress=progress,
+                )
+        except KeyboardInterrupt:
+            leave("Interrupted; the same command goes on where it stopped.", EXIT_INTERRUPTED)
     _show_result(manifest, target, as_json=as_json)
     if as_json:
         summary = manifest.model_dump(mode="json", exclude={"files", "classes", "images_per_class"})

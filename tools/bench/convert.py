@@ -33,8 +33,9 @@ class _Bench:
 
     @contextmanager
     def target(self) -> Iterator[Path]:
-        """A dataset's name; afterwards it is removed, with what the disk has not taken yet."""
+        """A dataset's name, with the disk at rest; afterwards it is removed."""
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            os.sync()  # what the last writer has left, and the removal of its file
             yield Path(folder) / "x.beton"
 
     def ours(self, max_side: int) -> tuple[float, int]:

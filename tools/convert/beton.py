@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.source import BETON_ALLOCATION, BETON_FIELD, BETON_HEADER, BETON_IMAGE, BETON_VERSION
-from tools.convert.target import Written, write_all
+from tools.convert.target import Buffer, Written, cut, write_all
 
 MIN_PAGE_SIZE = 1 << 23  # FFCV's default
 
@@ -43,16 +43,19 @@ class BetonTarget:
         self._metadata: list[np.ndarray] = []
         self._sizes: list[np.ndarray] = []
 
-    def append(self, samples_N: np.ndarray, encoded: list[bytes], ends_file: bool) -> Written | None:
-        start = position = self._position
-        pieces = []
-        for ptr, data in zip(self._place(samples_N), encoded, strict=True):
-            pieces += [bytes(ptr - position), data]
-            position = ptr + len(data)
-        if not pieces:
+    def append(self, samples_N: np.ndarray, pieces: list[Buffer], ends_file: bool) -> Written | None:
+        if not len(samples_N):
             return None
-        write_all(self._file, pieces, start)
-        return Written(self.part.name, start, pieces, self._position)
+        start = self._position
+        starts_N, size_N = np.array(self._place(samples_N)), samples_N["size"].astype(np.int64)
+        gap_N = np.diff(starts_N, prepend=start) - np.append(0, size_N[:-1])
+        runs = np.append(0, np.flatnonzero(gap_N[1:]) + 1)  # of images without gaps between them
+        row: list[Buffer] = []
+        images = cut(pieces, np.add.reduceat(size_N, runs).tolist())
+        for gap, run in zip(gap_N[runs].tolist(), images, strict=True):
+            row += [bytes(gap), *run]
+        write_all(self._file, row, start)
+        return Written(self.part.name, start, row, self._position)
 
     def restore(self, samples_N: np.ndarray, ends_file: bool) -> None:
         self._place(samples_N)

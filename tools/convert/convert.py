@@ -11,9 +11,10 @@ from pipelines.errors import DataError
 from tools.convert import blocks
 from tools.convert.beton import BetonTarget
 from tools.convert.estimate import Estimate, estimate
+from tools.convert.interrupt import single_interrupt
 from tools.convert.journal import Journal, open_journal
 from tools.convert.manifest import ConvertSettings, Manifest
-from tools.convert.pool import in_order, prepare_entries, threads
+from tools.convert.pool import Memory, chunks, in_order, prepare_entries, threads
 from tools.convert.publish import (
     check_replaceable,
     describe,
@@ -24,12 +25,13 @@ from tools.convert.publish import (
     software,
     stored_files,
 )
-from tools.convert.recorder import Recorder, RunningChecksum, intact_records
+from tools.convert.recorder import Recorder, RunningChecksum, flush, intact_records
 from tools.convert.shards import SAMPLES_PER_SHARD, ShardTarget
 from tools.convert.sources import ImageSet, open_image_set, printable
 from tools.convert.target import Target
 
 
+@single_interrupt()
 def convert(
     source: Path,
     target: Path,
@@ -59,10 +61,10 @@ def convert(
        names; what cannot be read or decoded is left out, with the reason in the manifest.
     5. Complete the files, write the manifest, wait for the disk, give them their names.
 
-    Whatever stops it, nothing is under the final name before step 5; what was there stays. The finished
-    blocks stay beside it for the next call. Raises `DataError` for a source without usable images, a target
-    that cannot be written, is too small or in use, holds anything else or the source, remains of another
-    conversion, and settings that exclude each other.
+    Whatever stops it, and Ctrl-C as often as it is pressed, nothing is under the final name before step 5;
+    what was there stays. The finished blocks stay beside it for the next call. Raises `DataError` for a
+    source without usable images, a target that cannot be written, is too small or in use, holds anything
+    else or the source, remains of another conversion, and settings that exclude each other.
     """
     settings = settings or ConvertSettings()
     with _explained(target):
@@ -138,14 +140,16 @@ def _fill(
     writer.truncate()
     done, total = journal.records[-1].entries if journal.records else 0, len(images)
     report = progress or (lambda done, total: None)
-    job = partial(prepare_entries, images, settings, writer.max_sample_bytes)
+    job = partial(prepare_entries, images, settings, writer.max_sample_bytes, Memory())
     with threads(workers) as pool:
         known = estimate(done, total, job, writer, pool)  # 3
         if on_estimate:
             on_estimate(known)
         report(done, total)
-        results = in_order(pool, workers, job, done, total)  # 4
+        results = in_order(pool, workers, job, chunks(images, settings, done, total))  # 4
         blocks.write_blocks(results, done, images, writer, recorder, lambda done: report(done, total))
+    # While the last checksums are made.
+    flush(*(writer.part.iterdir() if writer.part.is_dir() else [writer.part]))
     recorder.wait()
     if not any(len(record.samples_N) for record in journal.records):
         left_out = [entry for record in journal.records for entry in record.left_out]

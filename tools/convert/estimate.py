@@ -10,12 +10,12 @@ import numpy as np
 from rich.filesize import decimal
 
 from pipelines.errors import DataError
-from tools.convert.pool import CHUNK, Result
+from tools.convert.pool import Prepared
 from tools.convert.target import Target
 
-TRIALS = 128  # images, in evenly spread chunks
+TRIALS = 128  # images, in evenly spread groups
+_GROUP = 4
 ENOUGH = 32  # of them, to judge from
-_TRIAL_SHARE = 1 / 20  # at most so much of the work is done twice
 _ERRORS = 4  # standard errors of the trial's mean within which a shortage of room is not certain
 
 
@@ -33,7 +33,7 @@ class Estimate:
 def estimate(
     done: int,
     entries: int,
-    job: Callable[[range], list[Result]],
+    job: Callable[[range], Prepared],
     target: Target,
     pool: ThreadPoolExecutor,
 ) -> Estimate:
@@ -44,16 +44,16 @@ def estimate(
     folder = target.part.parent
     free = shutil.disk_usage(folder).free
     left = entries - done
-    num_chunks = min(TRIALS, int(left * _TRIAL_SHARE)) // CHUNK
-    if not num_chunks:
+    # At most a twentieth of the work is done twice, and less where that suffices.
+    num_groups = min(TRIALS, max(left // 50, min(ENOUGH, left // 20))) // _GROUP
+    if not num_groups:
         return Estimate(entries, done, None, None, free)
     job(range(done, done + 1))  # the first one loads what all need
     start = time.monotonic()
-    places = np.linspace(done, entries - CHUNK, num_chunks).astype(int).tolist()
-    chunks = pool.map(job, (range(place, place + CHUNK) for place in places))
-    results = [result for chunk in chunks for result in chunk]
-    seconds = (time.monotonic() - start) * left / len(results)
-    sizes = np.array([0 if isinstance(result, str) else len(result.encoded) for result in results], float)
+    places = np.linspace(done, entries - _GROUP, num_groups).astype(int).tolist()
+    groups = pool.map(job, (range(place, place + _GROUP) for place in places))
+    sizes = np.concatenate([group.samples_N["size"] for group in groups]).astype(float)
+    seconds = (time.monotonic() - start) * left / len(sizes)
     needed = target.files_bytes(left, int(sizes.mean() * left))
     certain = sizes.mean() - _ERRORS * sizes.std() / len(sizes) ** 0.5
     if len(sizes) >= ENOUGH and target.files_bytes(left, int(certain * left)) > free:

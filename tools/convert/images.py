@@ -42,6 +42,21 @@ def is_shortage(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "tried to allocate" in str(error)
 
 
+def is_kept(
+    settings: ConvertSettings,
+    is_plain: bool | np.ndarray,
+    height: int | np.ndarray,
+    width: int | np.ndarray,
+    end: int | np.ndarray,
+) -> bool | np.ndarray:
+    """Step 2 of `prepare`, of one whole JPEG or many: whether it is kept; arguments as in `JpegLayout`."""
+    if settings.storage == "raw":
+        return False
+    fits = is_plain & (np.maximum(height, width) <= settings.max_side)
+    wants_raw = settings.storage == "mixed" and 3 * height * width <= settings.raw_factor * end
+    return fits & ~np.asarray(wants_raw)
+
+
 def prepare(data: bytes, settings: ConvertSettings) -> Stored:
     """What to store of an image file. Any number of threads may call it; the result depends on nothing else.
 
@@ -59,12 +74,9 @@ def prepare(data: bytes, settings: ConvertSettings) -> Stored:
     oddities.
     """
     layout = _check(data, settings)  # 1
-    if layout is not None and _may_be_kept(layout, settings):
+    if layout is not None and _keeps(settings, layout):
         whole = data[: layout.end]
-        raw_bytes = 3 * layout.height * layout.width
-        wants_raw = settings.storage == "mixed" and raw_bytes <= settings.raw_factor * len(whole)
-        if not wants_raw:
-            return Stored(whole, layout.height, layout.width, is_raw=False, was_copied=True)  # 2
+        return Stored(whole, layout.height, layout.width, is_raw=False, was_copied=True)  # 2
     pixels_HW3 = _decode(data, settings.max_side)  # 3
     height, width, _ = pixels_HW3.shape
     if settings.storage != "raw":  # 4
@@ -88,15 +100,14 @@ def _check(data: bytes, settings: ConvertSettings) -> JpegLayout | None:
         raise BadImage(str(error)) from error
     if layout.height * layout.width > MAX_PIXELS:
         raise BadImage(f"{layout.width} x {layout.height} pixels are more than the {MAX_PIXELS} allowed")
-    wants_decoding = layout.is_suspicious or (settings.check == "decode" and _may_be_kept(layout, settings))
+    wants_decoding = layout.is_suspicious or (settings.check == "decode" and _keeps(settings, layout))
     if layout.is_plain and wants_decoding and not decodes_cleanly(data, layout.height, layout.width):
         raise BadImage("damaged: its pixels do not decode without errors")
     return layout
 
 
-def _may_be_kept(layout: JpegLayout, settings: ConvertSettings) -> bool:
-    fits = max(layout.height, layout.width) <= settings.max_side
-    return layout.is_plain and fits and settings.storage != "raw"
+def _keeps(settings: ConvertSettings, layout: JpegLayout) -> bool:
+    return bool(is_kept(settings, layout.is_plain, layout.height, layout.width, layout.end))
 
 
 def _decode(data: bytes, max_side: int) -> np.ndarray:
@@ -122,7 +133,7 @@ def _decode(data: bytes, max_side: int) -> np.ndarray:
     # On uint8 in this memory order: five times as fast as Pillow's filter.
     pixels_13HW = torch.from_numpy(pixels_HW3).permute(2, 0, 1)[None]
     shrunk_13HW = interpolate(pixels_13HW, scale_factor=scales, mode="bicubic", antialias=True)
-    return np.ascontiguousarray(shrunk_13HW[0].permute(1, 2, 0).numpy())
+    return np.stack(tuple(shrunk_13HW[0].numpy()), axis=-1)
 
 
 def _fit(width: int, height: int, max_side: int) -> tuple[int, int]:

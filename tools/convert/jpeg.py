@@ -1,7 +1,9 @@
-"""Whether a JPEG file is whole, from its structure: a hundredth of the time that decoding takes.
+"""Whether JPEG files are whole, from their structure: a hundredth of the time that decoding takes.
 
 Source: ITU-T T.81 (JPEG), annex B, for markers and segments; Adobe technical note 5116 for the colour
 transform. What decoders take is narrower, and `JpegLayout.is_plain` says whether all of them take this one.
+
+Shape legend: N files, B bytes.
 """
 
 from typing import NamedTuple
@@ -9,16 +11,22 @@ from typing import NamedTuple
 import numpy as np
 
 from pipelines.threads import keep_torch_threads
+from tools.convert import compiled
 
 START = b"\xff\xd8"
-_SOI, _EOI, _SOS, _DQT, _DHT, _APP0, _APP14 = 0xD8, 0xD9, 0xDA, 0xDB, 0xC4, 0xE0, 0xEE
-_HUFFMAN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
-_FRAMES = {*range(0xC0, 0xD0)} - {_DHT, 0xC8, 0xCC}
-_SEGMENTS = _FRAMES | {_SOS, _DQT, _DHT, 0xCC, 0xDC, 0xDD, 0xFE, *range(_APP0, _APP0 + 16)}
-# Sampling factors (horizontal, vertical) of luminance with 1 x 1 for both colours: those with a name, such as
-# 4:2:0 for (2, 2).
-_SAMPLINGS = {(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)}
-_ZEROS = bytes(64)  # in coded pixels, only a flat area or a lost block of the file has so many
+_TEXTS = {
+    compiled.NOT_A_JPEG: "not a JPEG",
+    compiled.NO_END: "truncated: no end marker",
+    compiled.NO_MARKER: "damaged: no marker at byte {where}",
+    compiled.WRONG_MARKER: "damaged: marker {detail:02X} at byte {where}",
+    compiled.CUT_HEADERS: "truncated amid its headers",
+    compiled.WRONG_FRAME: "damaged: a wrong frame header",
+    compiled.WRONG_HUFFMAN: "damaged: a wrong Huffman table",
+    compiled.WRONG_QUANTISATION: "damaged: a wrong quantisation table",
+    compiled.NO_FRAME: "damaged: pixels before the frame header",
+    compiled.NO_PIXELS: "damaged: no pixels before the end marker",
+    compiled.NO_SIZE: "damaged: {width} x {height} pixels",
+}
 
 
 class DamagedJpegError(Exception):
@@ -35,58 +43,48 @@ class JpegLayout(NamedTuple):
     is_suspicious: bool  # may have lost a block of the file; decoding tells
 
 
+class JpegLayouts(NamedTuple):
+    """The layouts of many files. Fields as in `JpegLayout`."""
+
+    is_whole_N: np.ndarray  # bool: a JPEG without faults; the other fields mean nothing for the others
+    height_N: np.ndarray
+    width_N: np.ndarray
+    is_plain_N: np.ndarray
+    end_N: np.ndarray
+    is_suspicious_N: np.ndarray
+
+
 def read_layout(data: bytes) -> JpegLayout:
-    """Walk through the segments and scans of a file that begins with `START`, up to its end marker.
+    """Walk through the segments and scans of a JPEG file, up to its end marker.
 
     Raises `DamagedJpegError` where the file ends before, or where segments, tables, the frame's size or
     markers amid coded pixels cannot be right. Bits that changed without that are found only by decoding.
     """
-    frame: tuple[int, int, int, bytes] | None = None
-    transform, has_jfif, first_scan = None, False, 0
-    markers: list[int] = []
-    position = 2
-    while True:
-        marker, position = _marker_at(data, position)
-        if marker == _EOI:
-            break
-        if marker not in _SEGMENTS:
-            raise DamagedJpegError(f"damaged: marker {marker:02X} at byte {position - 2}")
-        length = int.from_bytes(data[position : position + 2], "big")
-        segment = data[position + 2 : position + length]
-        if length < 2 or len(segment) < length - 2:
-            raise DamagedJpegError("truncated amid its headers")
-        position += length
-        if marker in _FRAMES:
-            if frame is not None or len(segment) < 6 or len(segment) != 6 + 3 * segment[5]:
-                raise DamagedJpegError("damaged: a wrong frame header")
-            frame = marker, int.from_bytes(segment[1:3], "big"), int.from_bytes(segment[3:5], "big"), segment
-        elif marker == _DHT:
-            _check_huffman(segment)
-        elif marker == _DQT:
-            _check_quantisation(segment)
-        elif marker == _APP0:
-            has_jfif = has_jfif or segment[:5] == b"JFIF\0"
-        elif marker == _APP14 and segment[:5] == b"Adobe" and len(segment) >= 12:
-            transform = segment[11]
-        elif marker == _SOS:
-            if frame is None:
-                raise DamagedJpegError("damaged: pixels before the frame header")
-            if not first_scan:
-                first_scan = position
-                markers = _markers_from(data, position)
-            while markers and markers[-1] < position:
-                markers.pop()
-            if not markers:
-                raise DamagedJpegError("truncated: no end marker")
-            position = markers[-1]
-    if frame is None or not first_scan:
-        raise DamagedJpegError("damaged: no pixels before the end marker")
-    kind, height, width, segment = frame
-    if not height or not width:
-        raise DamagedJpegError(f"damaged: {width} x {height} pixels")
-    is_plain = kind in _HUFFMAN_FRAMES and segment[0] == 8 and _is_usual(segment, transform, has_jfif)
-    is_suspicious = data.find(_ZEROS, first_scan, position) >= 0
-    return JpegLayout(height, width, is_plain, position, is_suspicious)
+    (found,) = _check(np.frombuffer(bytearray(data), np.uint8), np.array([len(data)]), np.array([True]))
+    values = found.tolist()
+    height, width = values[compiled.HEIGHT], values[compiled.WIDTH]
+    if values[compiled.FAULT]:
+        where, detail = values[compiled.WHERE], values[compiled.DETAIL]
+        text = _TEXTS[values[compiled.FAULT]]
+        raise DamagedJpegError(text.format(where=where, detail=detail, height=height, width=width))
+    is_plain, is_suspicious = bool(values[compiled.IS_PLAIN]), bool(values[compiled.IS_SUSPICIOUS])
+    return JpegLayout(height, width, is_plain, values[compiled.END], is_suspicious)
+
+
+def read_layouts(data_B: np.ndarray, size_N: np.ndarray, is_wanted_N: np.ndarray) -> JpegLayouts:
+    """`read_layout` of those files that are wanted, without Python's lock.
+
+    `data_B`: uint8, the files one after the other. `size_N`: int64. `is_wanted_N`: bool.
+    """
+    found_NC = _check(data_B, size_N, is_wanted_N)
+    return JpegLayouts(
+        is_wanted_N & (found_NC[:, compiled.FAULT] == compiled.NO_FAULT),
+        found_NC[:, compiled.HEIGHT],
+        found_NC[:, compiled.WIDTH],
+        found_NC[:, compiled.IS_PLAIN] != 0,
+        found_NC[:, compiled.END],
+        found_NC[:, compiled.IS_SUSPICIOUS] != 0,
+    )
 
 
 def decodes_cleanly(data: bytes, height: int, width: int) -> bool:
@@ -98,55 +96,7 @@ def decodes_cleanly(data: bytes, height: int, width: int) -> bool:
     return imdecode(encoded, pixels_HWC, height, width, height, width, 0, 0, 1, 1, False, False) == 0
 
 
-def _marker_at(data: bytes, position: int) -> tuple[int, int]:
-    """The marker that must be at `position`, perhaps after fill bytes, and where it ends."""
-    end = position + 1
-    while data[position : position + 1] == b"\xff" and data[end : end + 1] == b"\xff":
-        end += 1
-    if end >= len(data):
-        raise DamagedJpegError("truncated: no end marker")
-    if data[position] != 0xFF:
-        raise DamagedJpegError(f"damaged: no marker at byte {position}")
-    return data[end], end + 1
-
-
-def _markers_from(data: bytes, start: int) -> list[int]:
-    """Positions of all markers after `start`, last first, but for those that belong to coded pixels."""
-    bytes_ = np.frombuffer(data, np.uint8, offset=start)
-    ff = np.flatnonzero(bytes_[:-1] == 0xFF)
-    code = bytes_[ff + 1]
-    is_marker = (code != 0) & (code != 0xFF) & ((code < 0xD0) | (code > 0xD7))  # stuffing, fill, restarts
-    return (ff[is_marker][::-1] + start).tolist()
-
-
-def _check_huffman(segment: bytes) -> None:
-    while segment:
-        counts = segment[1:17]
-        total = sum(counts)
-        # Kraft's inequality: no more codes of each length than there is room for.
-        room = sum(count << (15 - i) for i, count in enumerate(counts))
-        if len(segment) < 17 + total or total > 256 or room > 1 << 16 or segment[0] & 0xEC:
-            raise DamagedJpegError("damaged: a wrong Huffman table")
-        segment = segment[17 + total :]
-
-
-def _check_quantisation(segment: bytes) -> None:
-    while segment:
-        size = 65 if segment[0] < 16 else 129
-        if len(segment) < size or segment[0] & 0xEC:
-            raise DamagedJpegError("damaged: a wrong quantisation table")
-        segment = segment[size:]
-
-
-def _is_usual(frame: bytes, transform: int | None, has_jfif: bool) -> bool:
-    """Whether the components of a frame header are grayscale, or YCbCr with a usual sampling."""
-    components = [frame[i : i + 3] for i in range(6, len(frame), 3)]
-    if len(components) == 1:
-        return True
-    if len(components) != 3:
-        return False
-    # As libjpeg decides: JFIF is YCbCr, else Adobe's marker tells, else the components' names.
-    names = bytes(component[0] for component in components)
-    is_ycc = has_jfif or (transform == 1 if transform is not None else names != b"RGB")
-    factors = [divmod(component[1], 16) for component in components]
-    return is_ycc and factors[0] in _SAMPLINGS and factors[1:] == [(1, 1), (1, 1)]
+def _check(data_B: np.ndarray, size_N: np.ndarray, is_wanted_N: np.ndarray) -> np.ndarray:
+    found_NC = np.zeros((len(size_N), compiled.COLUMNS), np.int64)
+    compiled.check_jpegs(data_B, size_N, is_wanted_N, found_NC)
+    return found_NC

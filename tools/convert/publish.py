@@ -3,10 +3,13 @@
 Shape legend: N samples.
 """
 
+import ctypes
+import os
 import platform
 import shutil
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from errno import EINVAL, ENOSYS, EOPNOTSUPP
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -31,6 +34,8 @@ from tools.convert.recorder import RunningChecksum, flush
 from tools.convert.sources import ImageSet
 from tools.convert.target import Written
 
+_ANYWHERE, _EXCHANGE = -100, 2  # AT_FDCWD: of no account for absolute paths; RENAME_EXCHANGE
+
 
 def software() -> dict[str, str]:
     """Versions of what the bytes of a dataset depend on."""
@@ -49,7 +54,7 @@ def part_path(target: Path) -> Path:
 
 
 def old_path(target: Path) -> Path:
-    """Where a folder of shards is for the moment in which another one takes its name."""
+    """Where a folder of shards is once another one has its name, until it is removed."""
     return target.with_name(f".{target.name}.old")
 
 
@@ -142,12 +147,17 @@ def publish(manifest: Manifest, target: Path) -> None:
     if part.is_dir():
         save_manifest(manifest, manifest_path(part))
         flush(*part.iterdir(), part)
-        if target.is_dir():  # a folder with files in it cannot be replaced in one step
-            check_replaceable(target)  # again: it may have been filled since
-            shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)
-        part.rename(target)
         shutil.rmtree(old, ignore_errors=True)
+        if not target.is_dir():
+            part.rename(target)
+        else:
+            check_replaceable(target)  # again: it may have been filled since
+            if _exchange(part, target):
+                part.rename(old)
+            else:
+                target.rename(old)
+                part.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
     else:
         manifest_part = part_path(manifest_path(target))
         save_manifest(manifest, manifest_part)
@@ -159,6 +169,24 @@ def publish(manifest: Manifest, target: Path) -> None:
         flush(target.parent)
         manifest_part.replace(manifest_path(target))
     flush(target.parent)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Give each of two folders the other's name, in one step; false where the system knows no such step.
+
+    Raises `OSError`. Source: `renameat2` of Linux.
+    """
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    names = os.fsencode(first.absolute()), os.fsencode(second.absolute())
+    if not rename(_ANYWHERE, names[0], _ANYWHERE, names[1], _EXCHANGE):
+        return True
+    number = ctypes.get_errno()
+    if number in (ENOSYS, EINVAL, EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(second))
 
 
 def remove_part(target: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.convert.target import Written, write_all
+from tools.convert.target import Buffer, Written, cut, write_all
 
 SAMPLES_PER_SHARD = 1000  # where the number of shards is not given
 _BLOCK = tarfile.BLOCKSIZE
@@ -41,24 +41,27 @@ class ShardTarget:
         self._num_samples = 0
         self._index: list[str] = []  # of the current shard, a line per sample
 
-    def append(self, samples_N: np.ndarray, encoded: list[bytes], ends_file: bool) -> Written | None:
+    def append(self, samples_N: np.ndarray, pieces: list[Buffer], ends_file: bool) -> Written | None:
         path, start = self._path("tar"), self._position
-        pieces = []
-        labels, first = samples_N["label"].tolist(), self._num_samples
-        for number, (label, image) in enumerate(zip(labels, encoded, strict=True), first):
-            for name, content in zip(_names(number, label), (image, b"%d" % label), strict=False):
-                pieces += [_header(name, len(content)), content, bytes(-len(content) % _BLOCK)]
+        row: list[Buffer] = []
+        labels, sizes = samples_N["label"].tolist(), samples_N["size"].tolist()
+        images = cut(pieces, sizes)
+        numbers = range(self._num_samples, self._num_samples + len(sizes))
+        for number, label, size, image in zip(numbers, labels, sizes, images, strict=True):
+            members = (size, image), (len(str(label)), [b"%d" % label])
+            for name, (length, content) in zip(_names(number, label), members, strict=False):
+                row += [_header(name, length), *content, bytes(-length % _BLOCK)]
         self._place(samples_N)
         if ends_file and self._position:
-            pieces.append(_END)
-        if pieces:
+            row.append(_END)
+        if row:
             if self._file < 0:
                 self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
-            write_all(self._file, pieces, start)
+            write_all(self._file, row, start)
         if ends_file:
             self._next_shard()
-        end = start + sum(map(len, pieces))
-        return Written(path.name, 0, pieces, end) if pieces else None
+        end = start + sum(map(len, row))
+        return Written(path.name, 0, row, end) if row else None
 
     def restore(self, samples_N: np.ndarray, ends_file: bool) -> None:
         self._place(samples_N)

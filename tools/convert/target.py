@@ -9,7 +9,7 @@ Shape legend: N samples of a block.
 
 import os
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -17,6 +17,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 _MOST_PIECES = os.sysconf("SC_IOV_MAX")  # in one call
+
+Buffer = bytes | memoryview  # of bytes
 
 SAMPLE = np.dtype(
     [
@@ -35,7 +37,7 @@ class Written(NamedTuple):
 
     file: str
     start: int
-    pieces: list[bytes]  # in a row; joining them would cost as much as writing them
+    pieces: list[Buffer]  # in a row; joining them would cost as much as writing them
     end: int
 
     @property
@@ -51,10 +53,11 @@ class Target(Protocol):
     bounds: tuple[int, ...]  # a block must end after so many entries of the source
     max_sample_bytes: int
 
-    def append(self, samples_N: np.ndarray, encoded: list[bytes], ends_file: bool) -> Written | None:
+    def append(self, samples_N: np.ndarray, pieces: list[Buffer], ends_file: bool) -> Written | None:
         """Write a block: `SAMPLE` records and the images. None where nothing was to be written.
 
-        `ends_file`: the entries so far are one of `bounds`.
+        `pieces`: the images in a row, in pieces of any sizes. `ends_file`: the entries so far are one of
+        `bounds`.
         """
 
     def restore(self, samples_N: np.ndarray, ends_file: bool) -> None:
@@ -73,7 +76,22 @@ class Target(Protocol):
         """Close files. May be called at any time, and again."""
 
 
-def write_all(descriptor: int, pieces: Iterable[bytes], offset: int) -> None:
+def cut(pieces: Iterable[Buffer], sizes: Iterable[int]) -> Iterator[list[Buffer]]:
+    """`pieces`, taken as one row of bytes, cut anew after so many bytes each; nothing is copied."""
+    left = deque(memoryview(piece) for piece in pieces)
+    for size in sizes:
+        taken: list[Buffer] = []
+        while size:
+            piece = left.popleft()
+            if len(piece) > size:
+                left.appendleft(piece[size:])
+                piece = piece[:size]
+            taken.append(piece)
+            size -= len(piece)
+        yield taken
+
+
+def write_all(descriptor: int, pieces: Iterable[Buffer], offset: int) -> None:
     """`os.pwritev` until everything is written. Raises `OSError`, also where the disk takes only a part."""
     left = deque(memoryview(piece) for piece in pieces if piece)
     while left:

@@ -7,9 +7,23 @@ from itertools import pairwise
 from pathlib import Path
 
 from pipelines.errors import DataError
-from tools.convert.manifest import Block, Manifest, StoredFile, digest_of, load_manifest, manifest_path
+from pipelines.source import open_source
+from tools.convert.images import BadImage, prepare
+from tools.convert.manifest import (
+    MAX_STORED_SIDE,
+    Block,
+    ConvertSettings,
+    Manifest,
+    StoredFile,
+    digest_of,
+    load_manifest,
+    manifest_path,
+)
 from tools.convert.pool import threads
 from tools.convert.recorder import RunningChecksum, path_of
+
+MOST_NAMED = 10  # samples
+_CHECK = ConvertSettings(max_side=MAX_STORED_SIDE, check="decode")
 
 Progress = Callable[[int, int], None]
 
@@ -80,12 +94,35 @@ def _damage(dataset: Path, run: _Run) -> str | None:
         except OSError as error:
             return f"{path} cannot be read at byte {position} ({error.strerror}); copy the dataset again."
         if not is_whole:
-            what = (
-                f"samples {sample} to {sample + block.samples - 1} are" if block.samples else "its index is"
-            )
+            what = "its index is not what was written"
+            if block.samples:
+                what = f"samples {sample} to {sample + block.samples - 1} are not what was written"
+                if names := _undecodable(dataset, range(sample, sample + block.samples)):
+                    what += f", and of these {_listed(names)} cannot be decoded"
             return (
-                f"{path} is damaged: {what} not what was written (bytes {position} to {block.end - 1}); "
+                f"{path} is damaged: {what} (bytes {position} to {block.end - 1}); "
                 "copy the dataset again or convert the images again."
             )
         sample, position = sample + block.samples, block.end
     return None
+
+
+def _undecodable(dataset: Path, samples: range) -> list[int]:
+    """Those of the samples whose JPEGs are damaged so that decoding tells; none where nothing can be told."""
+    found = []
+    try:
+        source = open_source(dataset)
+        for sample in samples:
+            if source.pixels(sample) is None:  # pixels look alike, damaged or not
+                try:
+                    prepare(source.encoded(sample).tobytes(), _CHECK)
+                except BadImage:
+                    found.append(sample)
+    except (DataError, OSError, ValueError):  # the damage keeps it from being opened
+        return []
+    return found
+
+
+def _listed(samples: list[int]) -> str:
+    shown = ", ".join(map(str, samples[:MOST_NAMED]))
+    return shown + (f" and {len(samples) - MOST_NAMED} others" if len(samples) > MOST_NAMED else "")

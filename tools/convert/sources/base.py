@@ -27,6 +27,7 @@ ENTRY = np.dtype(
 UNKNOWN = -1
 NOT_A_FILE = -1
 NO_LABEL = -1
+_LONGEST_READ = 1 << 30  # bytes; one call reads less than 2 GiB
 IMAGE_ENDINGS = tuple(ending.encode() for ending in IMG_EXTENSIONS)
 
 
@@ -51,6 +52,13 @@ class ImageSet(Protocol):
 
     def size(self, index: int) -> int:
         """Bytes of the file; 0 where it cannot be found out."""
+
+    def read_together(self, entries: range, size_N: np.ndarray, out_B: np.ndarray) -> np.ndarray:
+        """Read files one after the other into `out_B`, all in one call without Python's lock.
+
+        `size_N`: int64, the `size` of each. `out_B`: uint8, one byte longer than their sum. Returns for each
+        file whether it is there, bool (N,); `read` tells what is the matter with the others.
+        """
 
     def fingerprint(self) -> str:
         """SHA-256 over classes, names, labels and sizes: the same for a copy elsewhere."""
@@ -131,6 +139,14 @@ class ListedImages(ABC):
     def size(self, index: int) -> int:
         return max(0, int(self.entries_N["size"][index]))
 
+    def read_together(self, entries: range, size_N: np.ndarray, out_B: np.ndarray) -> np.ndarray:
+        is_read_N = np.zeros(len(entries), bool)
+        is_readable_N = (size_N > 0) & (size_N <= _LONGEST_READ)
+        if self.classes:
+            is_readable_N &= self.entries_N["label"][entries.start : entries.stop] != NO_LABEL
+        self._read_together(entries, size_N, is_readable_N, out_B, is_read_N)
+        return is_read_N
+
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for part in (
@@ -149,9 +165,8 @@ class ListedImages(ABC):
 
     def identity(self) -> str:
         places = [os.path.realpath(os.fsencode(path)) for path in (self.path, *self.archives)]
-        files = places[1:] or (places[0] + b"/" + self.raw_name(index) for index in range(len(self)))
         digest = hashlib.sha256(b"\0".join(places))
-        digest.update(array("q", map(_changed_ns, files)).tobytes())
+        digest.update(self._changes().tobytes())
         return digest.hexdigest()
 
     def raw_name(self, index: int) -> bytes:
@@ -168,13 +183,28 @@ class ListedImages(ABC):
         self.classes = classes
         self.entries_N["label"] = labels_N
 
+    def _changes(self) -> array:
+        """When each file that the images lie in was last changed, in ns, or UNKNOWN; of type "q"."""
+        return array("q", (_changed_ns(path) for path in self.archives))
+
     @abstractmethod
     def _read(self, index: int) -> bytes: ...
 
+    @abstractmethod
+    def _read_together(
+        self,
+        entries: range,
+        size_N: np.ndarray,
+        is_wanted_N: np.ndarray,
+        out_B: np.ndarray,
+        is_read_N: np.ndarray,
+    ) -> None:
+        """See `compiled.read_files`."""
 
-def _changed_ns(file: bytes) -> int:
+
+def _changed_ns(file: Path) -> int:
     try:
-        return os.stat(file).st_mtime_ns  # noqa: PTH116 (a `Path` costs more)
+        return file.stat().st_mtime_ns
     except OSError:  # reading it will tell
         return UNKNOWN
 

@@ -5,10 +5,12 @@ import stat
 from array import array
 from errno import EINVAL
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pipelines.errors import DataError
+from tools.convert.compiled import read_files
 from tools.convert.sources.base import ENTRY, NO_LABEL, UNKNOWN, ListedImages, Names, is_image_name, printable
 
 # Parts of a data set; a folder that holds nothing else is not a folder of classes.
@@ -18,19 +20,34 @@ PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 class FolderImages(ListedImages):
     """Files below a folder; symbolic links are followed."""
 
+    def __init__(self, *arguments: Any, **columns: Any) -> None:
+        super().__init__(*arguments, **columns)
+        self._changed = array("q")  # what `_changes` has found
+
     def size(self, index: int) -> int:
         sizes_N = self.entries_N["size"]
         if sizes_N[index] == UNKNOWN:
-            try:
-                sizes_N[index] = os.stat(self._file(index)).st_size  # noqa: PTH116 (a `Path` costs more)
-            except OSError:  # reading it will tell
-                sizes_N[index] = 0
+            self._look_at(index)
         return int(sizes_N[index])
 
     def fingerprint(self) -> str:
-        for index in range(len(self)):
-            self.size(index)
+        self._changes()  # looks at all files
         return super().fingerprint()
+
+    def _changes(self) -> array:
+        if len(self._changed) != len(self):
+            self._changed = array("q", map(self._look_at, range(len(self))))
+        return self._changed
+
+    def _look_at(self, index: int) -> int:
+        """Note the size of a file; returns when it was last changed."""
+        try:
+            status = os.stat(self._file(index))  # noqa: PTH116 (a `Path` costs more)
+        except OSError:  # reading it will tell
+            self.entries_N["size"][index] = 0
+            return UNKNOWN
+        self.entries_N["size"][index] = status.st_size
+        return status.st_mtime_ns
 
     def _read(self, index: int) -> bytes:
         # Without blocking: opening a pipe would wait for ever.
@@ -39,6 +56,17 @@ class FolderImages(ListedImages):
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise OSError(EINVAL, "not a file")
             return file.read()
+
+    def _read_together(
+        self,
+        entries: range,
+        size_N: np.ndarray,
+        is_wanted_N: np.ndarray,
+        out_B: np.ndarray,
+        is_read_N: np.ndarray,
+    ) -> None:
+        paths = b"".join(self._file(index) + b"\0" for index in entries)
+        read_files(np.frombuffer(bytearray(paths), np.uint8), size_N, is_wanted_N, out_B, is_read_N)
 
     def _file(self, index: int) -> bytes:
         return os.fsencode(self.path) + b"/" + self.raw_name(index)

@@ -44,7 +44,8 @@ def set_ground_truth(images: ListedImages, file: Path) -> None:
       and archives of the training images;
     - a list with one class per line, in the order of the images' file names;
     - a list of lines "file class", separated by a blank, a tab or a comma, in any order (Kaggle's
-      `LOC_val_solution.csv`, Caffe's `val.txt`); the file is named as in `keep_subset`.
+      `LOC_val_solution.csv`, Caffe's `val.txt`); the file is named as in `keep_subset`, and the class is the
+      rest of the line.
 
     A class is a name, or a label from 0; see `from_words`. Raises `DataError`, also where two lines
     disagree or one fits several images, and `OSError`.
@@ -62,8 +63,9 @@ def set_ground_truth(images: ListedImages, file: Path) -> None:
         for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
-    if rows and rows[0][1:] == ("ImageId", "PredictionString"):
-        del rows[0]
+    is_kaggle = bool(rows) and rows[0][1:] == ("ImageId", "PredictionString")
+    if is_kaggle:  # each line goes on with the boxes of objects
+        rows = [(*row[:2], *("".join(rest.split()[:1]) for rest in row[2:])) for row in rows[1:]]
     if all(len(row) == 2 for row in rows):
         if len(rows) != len(images):
             raise DataError(
@@ -95,7 +97,7 @@ def _words_by_name(images: ListedImages, rows: Sequence[tuple[int, str, str]], f
     line_of: dict[bytes, int] = {}
     word_of: dict[bytes, str] = {}
     for line, shown, rest in rows:
-        word = (rest.split() or [""])[0]  # Kaggle's lines go on with the boxes of objects
+        word = rest.strip()
         if not shown or not word:
             raise DataError(f"Line {line} of {file} lacks a file or its class; write both.")
         name = shown.encode()

@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from errno import EINVAL, EIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipelines.errors import DataError
+from tools.convert.compiled import read_parts
 from tools.convert.sources.base import (
     ENTRY,
     NO_LABEL,
@@ -49,14 +51,41 @@ class TarImages(ListedImages):
         entry = self.entries_N[index]
         if entry["offset"] == NOT_A_FILE:
             raise OSError(EINVAL, "a link inside an archive, not a file")
-        number, size = int(entry["archive"]), int(entry["size"])
-        if getattr(self._opened, "number", None) != number:
-            self._opened.file = _OpenFile(self._archives[number])
-            self._opened.number = number
-        data = os.pread(self._opened.file.descriptor, size, int(entry["offset"]))
+        size = int(entry["size"])
+        data = os.pread(self._descriptor(int(entry["archive"])), size, int(entry["offset"]))
         if len(data) < size:
             raise OSError(EIO, "the archive was cut short")
         return data
+
+    def _read_together(
+        self,
+        entries: range,
+        size_N: np.ndarray,
+        is_wanted_N: np.ndarray,
+        out_B: np.ndarray,
+        is_read_N: np.ndarray,
+    ) -> None:
+        of_entries = self.entries_N[entries.start : entries.stop]
+        offset_N, archive_N = np.ascontiguousarray(of_entries["offset"]), of_entries["archive"]
+        starts_N = np.cumsum(size_N) - size_N
+        edges = [0, *(np.flatnonzero(np.diff(archive_N)) + 1).tolist(), len(entries)]
+        for first, last in pairwise(edges):  # of one archive each
+            try:
+                descriptor = self._descriptor(int(archive_N[first]))
+            except OSError:  # reading one alone will tell
+                continue
+            run = slice(first, last)
+            is_wanted = is_wanted_N[run] & (offset_N[run] != NOT_A_FILE)
+            read_parts(
+                descriptor, offset_N[run], size_N[run], is_wanted, out_B[starts_N[first] :], is_read_N[run]
+            )
+
+    def _descriptor(self, number: int) -> int:
+        """Of an archive, for this thread."""
+        if getattr(self._opened, "number", None) != number:
+            self._opened.file = _OpenFile(self._archives[number])
+            self._opened.number = number
+        return self._opened.file.descriptor
 
 
 class _OpenFile:
