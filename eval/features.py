@@ -3,8 +3,8 @@
 Shape legend: N samples, C colours (3), H and W pixels, F feature width.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from model.errors import ModelError
 from model.weights import IMAGENET, Normalisation
 from pipelines.errors import DataError
 from pipelines.source import Source, read_image
-from pipelines.workers import LOST_WORKER, be_quiet_about_a_lost_consumer, stop_workers
+from pipelines.workers import be_quiet_about_a_lost_consumer, deaths_explained, stop_workers, taken
 
 Progress = Callable[[int, int], None]  # images done, images in all
 
@@ -52,9 +52,11 @@ def extract_features(
     mean_C11, std_C11 = (torch.tensor(values, device=device).view(-1, 1, 1) for values in normalisation)
     features_NF: Tensor | None = None
     done = 0
+    advice = "lower eval.features.workers or eval.features.batch_size"
     batches = iter(loader)
-    with _dead_worker_explained(batches):
-        for crops_NCHW in batches:
+    with deaths_explained(advice), ExitStack() as at_the_end:
+        at_the_end.callback(stop_workers, batches)
+        for crops_NCHW in taken(batches, advice):
             if isinstance(crops_NCHW, DataError):
                 raise crops_NCHW
             with torch.inference_mode(), _autocast(device):
@@ -103,22 +105,6 @@ class _CentreCrops(Dataset):
 def _stack(crops: list[Tensor | DataError]) -> Tensor | DataError:
     """(N, C, H, W), or the first error."""
     return next((crop for crop in crops if isinstance(crop, DataError)), None) or torch.stack(crops)
-
-
-@contextmanager
-def _dead_worker_explained(batches: Iterator[Tensor | DataError]) -> Iterator[None]:
-    """torch raises the death of a worker as a bare `RuntimeError`, wherever the main process just is."""
-    try:
-        yield
-    except LOST_WORKER as error:
-        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
-            raise
-        raise DataError(
-            "A worker process that decodes the images ended unexpectedly, probably for lack of (shared) "
-            f"memory; lower eval.features.workers or eval.features.batch_size ({error})."
-        ) from error
-    finally:
-        stop_workers(batches)
 
 
 def _autocast(device: torch.device) -> torch.autocast:

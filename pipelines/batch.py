@@ -3,7 +3,7 @@
 Shape legend: V views (2), N samples of this rank's batch, S image size in pixels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Protocol, TypeVar
 
@@ -45,16 +45,6 @@ class ViewParams:
         return ViewParams(**{f.name: change(getattr(self, f.name)) for f in fields(self)})
 
 
-Sent = TypeVar("Sent", Tensor, ViewParams)
-
-
-def to_device(data: Sent, device: torch.device) -> Sent:
-    """CPU tensors on `device`; to a GPU through pinned memory, so that the host does not wait for it."""
-    if device.type != "cuda":
-        return data.to(device)
-    return data.pin_memory().to(device, non_blocking=True)
-
-
 @dataclass(frozen=True)
 class Batch:
     """One rank's part of one global batch, on the training device."""
@@ -64,15 +54,49 @@ class Batch:
     labels_N: Tensor  # int64
     indices_N: Tensor  # int64: positions of the samples in the dataset
 
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
+        """The same batch on `device`, as `Tensor.to` copies it."""
+        return Batch(*(data.to(device, non_blocking=non_blocking) for data in vars(self).values()))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in pinned memory. torch's `DataLoader` calls a method of this name."""
+        return Batch(*(data.pin_memory() for data in vars(self).values()))
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory from being used again before `stream` has done what is queued on it by then."""
+        for tensor in (self.views_VNHWC, self.labels_N, self.indices_N, *vars(self.params).values()):
+            tensor.record_stream(stream)
+
+
+Sent = TypeVar("Sent", Tensor, ViewParams, Batch)
+
+
+def to_device(data: Sent, device: torch.device) -> Sent:
+    """CPU tensors on `device`; to a GPU through pinned memory, so that the host does not wait for it."""
+    if device.type != "cuda":
+        return data.to(device)
+    return data.pin_memory().to(device, non_blocking=True)
+
 
 class Loader(Protocol):
     """The contract of every loader: the same batches, whatever decodes them."""
 
     num_samples: int
     steps_per_epoch: int
+    bad_samples: Mapping[int, str]  # by index: the reasons why this process could not read them
 
-    def epoch(self, epoch: int, start_step: int = 0) -> "LoaderEpoch":
-        """Iterate over this rank's batches `start_step` .. `steps_per_epoch - 1` of `epoch`."""
+    def epoch(self, epoch: int | None = None, start_step: int = 0) -> "LoaderEpoch":
+        """Iterate over this rank's batches `start_step` .. `steps_per_epoch - 1` of `epoch`.
+
+        Without an epoch: from where the loader stands, to the end of that epoch. An iterator from an earlier
+        call ends.
+        """
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the loader stands: the epoch and step of the batch to come, for any number of ranks."""
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Stand there again. Raises `DataError` where `state` is of another dataset, seed or global batch."""
 
     def close(self) -> None:
         """Stop threads and processes; the loader cannot be used afterwards."""

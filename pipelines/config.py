@@ -57,8 +57,11 @@ class AugmentConfig(Section):
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[Deviation, Deviation, Deviation] = (0.229, 0.224, 0.225)
     implementation: Annotated[
-        Literal["auto", "torch", "numba", "triton"],
-        Field(description="What distorts: auto is triton on CUDA devices and numba on the CPU."),
+        Literal["auto", "torch", "numba", "triton", "dali"],
+        Field(
+            description="What distorts: auto is triton on CUDA devices and numba on the CPU; dali is DALI's "
+            "own operations, inside the loader dali, which are not quite the paper's."
+        ),
     ] = "auto"
 
     @field_validator("view_b", mode="before")
@@ -78,6 +81,26 @@ class AugmentConfig(Section):
         return scale_C, tuple(-mean / std for mean, std in zip(self.mean, self.std, strict=True))
 
 
+class DaliConfig(Section):
+    """How DALI decodes; the loader `dali` alone reads it."""
+
+    device: Annotated[
+        Literal["auto", "cpu", "gpu"],
+        Field(description="What decodes: auto is the GPU where the training is on one."),
+    ] = "auto"
+    hardware_decoder_share: Annotated[
+        float, Field(ge=0, le=1, description="Share of the JPEGs for the GPU's own decoder, if it has one.")
+    ] = 0.65
+    decoder_memory: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="MiB that each decoding thread reserves on the GPU, and twice that, pinned, on the "
+            "host. Not set: what the largest image of a .beton file needs.",
+        ),
+    ] = None
+
+
 class DataConfig(Section):
     """Where the images are and how they reach the device."""
 
@@ -86,4 +109,15 @@ class DataConfig(Section):
     image_size: Annotated[int, Field(ge=8, le=512)] = 224
     workers: Annotated[int, Field(ge=0, le=256, description="Decoding threads or processes per rank.")] = 8
     prefetch: Annotated[int, Field(ge=1, le=16, description="Batches prepared ahead.")] = 3
+    on_bad_sample: Annotated[
+        Literal["replace", "stop"],
+        Field(description="An image that cannot be read: train on the next one instead, or stop the run."),
+    ] = "replace"
+    dali: DaliConfig = DaliConfig()
     augment: AugmentConfig = AugmentConfig()
+
+    @model_validator(mode="after")
+    def _dali_distorts_what_dali_loads(self) -> "DataConfig":
+        if self.augment.implementation == "dali" and self.loader != "dali":
+            raise ValueError(f"augment.implementation dali needs loader dali, not {self.loader}")
+        return self

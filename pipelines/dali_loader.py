@@ -1,161 +1,159 @@
 """NVIDIA DALI: decodes on the GPU where there is one and on CPU threads otherwise, from one graph.
 
-Shape legend: V views (2), N samples.
+Memory: `prefetch` + 2 batches of 2 * batch_per_rank * image_size^2 * 3 bytes on the training device; a few
+batches of decoded images there; and, where the GPU decodes, what its decoders reserve for each thread.
+
+Shape legend: V views (2), N samples of this rank's batch.
 """
 
+import logging
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from contextlib import suppress
-from typing import Literal
+from collections.abc import Generator, Iterator
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from nvidia.dali import Pipeline, fn, types
+from nvidia.dali.tensors import TensorListCPU, TensorListGPU
+from torch import Tensor
 
-from pipelines.batch import NUM_VIEWS, Batch, ViewParams, to_device
+from pipelines.batch import Batch, ViewParams, to_device
+from pipelines.dali_graph import Fed, Graph, reason
+from pipelines.epoch_loader import EpochLoader, LoaderJob, Task
 from pipelines.errors import DataError
-from pipelines.loaders import EpochLoader, LoaderJob
+from pipelines.prefetch import prefetch
+from pipelines.sample_reader import SampleReader
 from pipelines.source import BetonSource, Source, open_source, read_image
 
-Feed = Callable[[], tuple[list[np.ndarray], ...]]
+TIFF = b"II", b"MM"  # the first bytes of files that DALI misreads where they are of the rarer kinds
+
+_log = logging.getLogger(__name__)
 
 
-def build_pipeline(
-    feed: Feed,
-    *,
-    batch_size: int,
-    image_size: int,
-    device: Literal["cpu", "gpu"],
-    device_id: int | None,
-    num_threads: int,
-    prefetch: int,
-) -> Pipeline:
-    """The graph: one decode, then one crop and bicubic resize per view; both views come out as uint8 HWC.
+class _InFlight(NamedTuple):
+    """A batch that DALI works on."""
 
-    Each call of `feed` gives one batch: the encoded images, then start and end (row, column; int32) of
-    the first view's boxes, then of the second's. It raises `StopIteration` at the end of an epoch.
-    """
-    pipeline = Pipeline(batch_size, num_threads, device_id, prefetch_queue_depth=prefetch)
-    with pipeline:
-        encoded, *corners = fn.external_source(
-            source=feed,
-            num_outputs=1 + 2 * NUM_VIEWS,
-            dtype=[types.UINT8] + [types.INT32] * (2 * NUM_VIEWS),
-            ndim=1,
-        )
-        images = fn.decoders.image(
-            encoded,
-            device="mixed" if device == "gpu" else "cpu",
-            output_type=types.RGB,
-            adjust_orientation=False,
-            jpeg_fancy_upsampling=True,  # as on the CPU
-        )
-        views = [
-            fn.resize(
-                # Sliced first: with roi_start and roi_end the filter reads pixels outside the box, PIL's not.
-                fn.slice(images, start=start, end=end, axes=[0, 1]),
-                size=[image_size, image_size],
-                interp_type=types.INTERP_CUBIC,
-                antialias=True,
-            )
-            for start, end in zip(corners[::2], corners[1::2], strict=True)
-        ]
-        pipeline.set_outputs(*views)
-    return pipeline
+    task: Task
+    indices_N: np.ndarray  # int64: the samples that are loaded for it
+    params: ViewParams
+    fed: Fed
 
 
 class DaliLoader(EpochLoader):
     """Reads every kind of source, but for raw pixels."""
 
     def __init__(self, job: LoaderJob) -> None:
-        self._source = open_source(job.config.path)
-        if isinstance(self._source, BetonSource) and self._source.holds_raw:
+        source = open_source(job.config.path)
+        if source.holds_raw:
             raise DataError(
-                f"The loader 'dali' reads JPEG files, and {self._source.path} holds raw pixels; "
+                f"The loader 'dali' reads image files, and {source.path} holds raw pixels; "
                 "set data.loader to ffcv or folder, or convert the images again with --storage jpg."
             )
-        super().__init__(job, len(self._source))
-        self._feed = _Feed(self._source)
-        self._pipeline: Pipeline | None = None
+        super().__init__(job, len(source), source)
+        self._graph = _graph(job, source)
+        self._reader = SampleReader(source, job, self._bad)
+        self._refused: set[int] = set()  # samples that PIL can read, but not DALI
 
-    def close(self) -> None:
-        super().close()
-        self._pipeline = None
+    def _stream(self, tasks: Iterator[Task]) -> Generator[Batch, None, None]:
+        return prefetch(self._batches_of(tasks), 1, self._job.device)  # DALI prepares the others itself
 
-    def _load(self, epoch: int, batches: Iterator[np.ndarray]) -> Generator[Batch, None, None]:
-        job, feed, remaining = self._job, self._feed, list(batches)
-        if not remaining:
-            return
-        # An epoch that does not reach its end leaves batches in the pipeline, or the pipeline broken: such a
-        # pipeline is not used again.
-        pipeline, self._pipeline = self._pipeline or self._build(), None
-        feed.start(
-            (indices_N, job.draw(epoch, indices_N, *self._source.sizes(indices_N))) for indices_N in remaining
-        )
-        for step in range(len(remaining)):
-            stream = torch.cuda.current_stream(job.device) if job.device.type == "cuda" else None
+    def _batches_of(self, tasks: Iterator[Task]) -> Generator[Batch, None, None]:
+        """Of DALI's bad samples nothing is known but that a pipeline fails, all batches in flight with it.
+
+        1. Run a pipeline until it fails, if it does.
+        2. Find the samples at fault, which from now on are replaced or read by PIL.
+        3. Run another pipeline, from the batches that were in flight on.
+        """
+        while True:
+            in_flight: deque[_InFlight] = deque()
+            failure = yield from self._run(tasks, in_flight)  # 1
+            self._find_fault(in_flight, failure)  # 2
+            tasks = chain([batch.task for batch in in_flight], tasks)  # 3
+
+    def _run(self, tasks: Iterator[Task], in_flight: deque[_InFlight]) -> Generator[Batch, None, str]:
+        """Yields batches until DALI fails, and returns why; what it still worked on then is `in_flight`."""
+
+        def feed() -> Fed:
+            in_flight.append(self._read(next(tasks)))
+            return in_flight[-1].fed
+
+        device = self._job.device
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        pipeline = self._graph.build(feed)
+        while True:
             try:
                 outputs = pipeline.run(stream)
             except RuntimeError as error:
-                raise self._explain(error) from error
-            indices_N, params = feed.in_flight.popleft()
-            # Stacking copies, on the same stream, so that DALI's buffers are free again after it.
-            views_VNHWC = torch.stack([torch.from_dlpack(output.as_tensor()) for output in outputs])
-            labels_N = torch.from_numpy(self._source.labels_N[indices_N])
-            sent = (to_device(data, job.device) for data in (params, labels_N, torch.from_numpy(indices_N)))
-            batch = Batch(views_VNHWC, *sent)
-            if step == len(remaining) - 1:  # nobody need ask for more than the last batch
-                self._finish(pipeline)
-            yield batch
+                return reason(error)
+            views_VNHWC = self._views(outputs, in_flight[0].fed).to(device)
+            del outputs
+            done = in_flight.popleft()
+            batch = self._reader.batch(views_VNHWC, done.params, done.indices_N)
+            sent = (to_device(part, device) for part in (batch.params, batch.labels_N, batch.indices_N))
+            yield Batch(views_VNHWC, *sent)
 
-    def _finish(self, pipeline: Pipeline) -> None:
-        """Keep a pipeline that has given all batches of its epoch for the next one."""
-        with suppress(StopIteration):
-            pipeline.run()  # DALI must see the end of an epoch before it can be reset
-        pipeline.reset()
-        self._pipeline = pipeline
+    def _views(self, outputs: tuple[TensorListCPU | TensorListGPU, ...], fed: Fed) -> Tensor:
+        if not self._graph.makes_views:
+            return torch.from_numpy(self._graph.crop_parts(outputs[0], fed))
+        # The one copy, on the stream to which the outputs are bound, so that DALI gets its memory back in
+        # the right order, whichever streams use the batch.
+        return torch.stack([torch.from_dlpack(view.as_tensor()) for view in outputs])
 
-    def _build(self) -> Pipeline:
-        on_gpu = self._job.device.type == "cuda"
-        return build_pipeline(
-            self._feed,
-            batch_size=self._job.batch_per_rank,
-            image_size=self._job.config.image_size,
-            device="gpu" if on_gpu else "cpu",
-            device_id=self._job.device.index if on_gpu else None,
-            num_threads=max(self._job.config.workers, 1),
-            prefetch=self._job.config.prefetch,
+    def _read(self, task: Task) -> _InFlight:
+        """Raises `DataError` where a file cannot be read and nothing may take its place."""
+        while True:
+            indices_N, params = self._reader.draw(task.epoch, task.indices_N)
+            try:
+                encoded = [self._encoded(index) for index in indices_N.tolist()]
+            except DataError:
+                if not self._bad.find(self._encoded, indices_N.tolist()):
+                    raise
+            else:
+                return _InFlight(task, indices_N, params, self._graph.fed(encoded, params))
+
+    def _encoded(self, index: int) -> np.ndarray:
+        """uint8: the image file, or its pixels in a format that DALI knows where it cannot read the file."""
+        encoded = self._source.encoded(index)
+        if index not in self._refused and encoded[:2].tobytes() not in TIFF:
+            return encoded
+        image = read_image(self._source, index)
+        return np.frombuffer(b"P6 %d %d 255\n" % image.size + image.tobytes(), np.uint8)
+
+    def _find_fault(self, in_flight: deque[_InFlight], failure: str) -> None:
+        """Note the samples for which DALI fails. Raises `DataError` where nothing new is found."""
+        for batch in in_flight:
+            failing = {int(batch.indices_N[n]) for n in self._graph.failing(batch.fed)} - self._refused
+            self._bad.find(lambda index: read_image(self._source, index), failing)
+            for index in failing - self._bad.reasons.keys():
+                _log.warning("DALI cannot read %s, so PIL does.", self._source.name(index))
+                self._refused.add(index)
+            if failing:
+                return
+        raise DataError(
+            f"DALI cannot load images of {self._source.path} ({failure}); set data.loader to folder or ffcv."
         )
 
-    def _explain(self, error: RuntimeError) -> DataError:
-        """The sample at fault, found by decoding those in flight: DALI does not tell which batch failed."""
-        try:
-            for indices_N, _ in self._feed.in_flight:
-                for index in indices_N:
-                    read_image(self._source, index)
-        except DataError as fault:
-            return fault
-        reason = str(error).split("encountered:")[-1].strip().splitlines()[0]
-        return DataError(
-            f"DALI cannot load images of {self._source.path} ({reason}); set data.loader to folder or ffcv."
-        )
 
-
-class _Feed:
-    """Hands batches to DALI, which asks for them ahead of time, and remembers them until they come out."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self.start(iter(()))
-
-    def start(self, coming: Iterator[tuple[np.ndarray, ViewParams]]) -> None:
-        self._coming = coming
-        self.in_flight: deque[tuple[np.ndarray, ViewParams]] = deque()
-
-    def __call__(self) -> tuple[list[np.ndarray], ...]:
-        indices_N, params = next(self._coming)
-        self.in_flight.append((indices_N, params))
-        corners = []
-        for box_N4 in params.box_VN4.numpy():
-            corners += [box_N4[:, :2].copy(), box_N4[:, :2] + box_N4[:, 2:]]
-        return [self._source.encoded(index) for index in indices_N], *corners
+def _graph(job: LoaderJob, source: Source) -> Graph:
+    """Raises `DataError` where the GPU shall decode and the training is not on one."""
+    config, on_gpu = job.config, job.device.type == "cuda"
+    if config.dali.device == "gpu" and not on_gpu:
+        raise DataError(f"data.dali.device gpu needs a CUDA device, not {job.device}; set it to auto.")
+    largest_HW = (0, 0)
+    if isinstance(source, BetonSource):  # others would read every file for it
+        heights_N, widths_N = source.sizes(np.arange(len(source)))
+        largest_HW = int(heights_N.max()), int(widths_N.max())
+    memory = config.dali.decoder_memory
+    return Graph(
+        batch_size=job.batch_per_rank,
+        image_size=config.image_size,
+        device="gpu" if on_gpu else "cpu",
+        decoder="gpu" if on_gpu and config.dali.device != "cpu" else "cpu",
+        device_id=job.device.index if on_gpu else None,
+        num_threads=max(config.workers, 1),
+        prefetch=config.prefetch,
+        distorts=config.augment.implementation == "dali",
+        hardware_share=config.dali.hardware_decoder_share,
+        reserved=None if memory is None else memory << 20,
+        largest_HW=largest_HW,
+    )

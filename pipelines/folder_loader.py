@@ -2,28 +2,28 @@
 
 from collections.abc import Generator, Iterator
 
-import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pipelines.augment.reference import crop_and_resize
-from pipelines.batch import NUM_VIEWS, Batch, ViewParams
+from pipelines.augment.reference import crop_views
+from pipelines.bad_samples import BadSamples
+from pipelines.batch import NUM_VIEWS, Batch
+from pipelines.epoch_loader import EpochLoader, LoaderJob, Task
 from pipelines.errors import DataError
-from pipelines.loaders import EpochLoader, LoaderJob
-from pipelines.source import Source, open_source, read_image
-from pipelines.workers import LOST_WORKER, be_quiet_about_a_lost_consumer, stop_workers
+from pipelines.sample_reader import SampleReader
+from pipelines.source import Source, open_source
+from pipelines.workers import be_quiet_about_a_lost_consumer, stop_workers, taken
 
-Task = tuple[int, np.ndarray]  # epoch and sample indices of one batch
-Loaded = tuple[Tensor, ViewParams, Tensor, Tensor]  # the fields of `Batch`, on the CPU
+ADVICE = "lower data.workers or train.batch_size"
+Loaded = tuple[Batch, dict[int, str]] | DataError  # a batch, and all bad samples that its worker knows
 
 
 class FolderLoader(EpochLoader):
-    """The workers live from the first epoch until `close`."""
+    """The workers live from the first batch until `close`."""
 
     def __init__(self, job: LoaderJob) -> None:
         source = open_source(job.config.path)
-        super().__init__(job, len(source))
+        super().__init__(job, len(source), source)
         self._tasks = _Tasks()
         workers = job.config.workers
         self._workers = DataLoader(
@@ -46,34 +46,23 @@ class FolderLoader(EpochLoader):
         stop_workers(self._workers._iterator)
         self._workers._iterator = None
 
-    def _load(self, epoch: int, batches: Iterator[np.ndarray]) -> Generator[Batch, None, None]:
-        self._tasks.remaining = ((epoch, indices_N) for indices_N in batches)
-        device = self._job.device
-        for loaded in self._loaded():
-            if isinstance(loaded, DataError):
-                raise loaded
-            views_VNHWC, params, labels_N, indices_N = loaded
-            yield Batch(
-                views_VNHWC.to(device, non_blocking=True),
-                params.to(device, non_blocking=True),
-                labels_N.to(device, non_blocking=True),
-                indices_N.to(device, non_blocking=True),
-            )
-
-    def _loaded(self) -> Iterator[Loaded | DataError]:
-        """What the workers return; a worker that dies is a `DataError` too."""
+    def _stream(self, tasks: Iterator[Task]) -> Generator[Batch, None, None]:
+        self._tasks.remaining = tasks
         try:
-            yield from self._workers
-        except LOST_WORKER as error:
-            self._stop_workers()
-            raise DataError(
-                "A worker process of the folder loader ended unexpectedly, probably for lack of (shared) "
-                f"memory; lower data.workers or train.batch_size ({error})."
-            ) from error
+            for loaded in taken(iter(self._workers), ADVICE):
+                if isinstance(loaded, DataError):
+                    raise loaded
+                batch, bad = loaded
+                for index in bad.keys() - self._bad.reasons.keys():
+                    self._bad.report(index, DataError(bad[index]))
+                yield batch.to(self._job.device, non_blocking=True)
+        except DataError:
+            self._stop_workers()  # the next epoch starts others
+            raise
 
 
 class _Tasks(Sampler[Task]):
-    """Hands the tasks of the running epoch to the workers."""
+    """Hands the tasks of the running stream to the workers."""
 
     def __init__(self) -> None:
         self.remaining: Iterator[Task] = iter(())
@@ -82,29 +71,29 @@ class _Tasks(Sampler[Task]):
         return self.remaining
 
 
-class _Batches(Dataset[Loaded | DataError]):
-    """Loads a batch in a worker. A bad image is returned, not raised: torch would add its own traceback."""
+class _Batches(Dataset[Loaded]):
+    """Loads a batch in a worker. An error is returned, not raised: torch would add its own traceback."""
 
     def __init__(self, source: Source, job: LoaderJob) -> None:
-        self._source, self._job = source, job
+        self._size = job.config.image_size
+        self._bad = BadSamples(len(source), stop=job.config.on_bad_sample == "stop", log=False)
+        self._reader = SampleReader(source, job, self._bad)
 
-    def __getitem__(self, task: Task) -> Loaded | DataError:
+    def __getitem__(self, task: Task) -> Loaded:
         try:
-            return self._load(*task)
+            return self._load(task), self._bad.reasons
         except DataError as error:
             return error
 
-    def _load(self, epoch: int, indices_N: np.ndarray) -> Loaded:
-        source, size = self._source, self._job.config.image_size
-        params = self._job.draw(epoch, indices_N, *source.sizes(indices_N))
-        views_VNHWC = np.empty((NUM_VIEWS, len(indices_N), size, size, 3), dtype=np.uint8)
-        for n, index in enumerate(indices_N):
-            image = read_image(source, index)
-            for v in range(NUM_VIEWS):
-                views_VNHWC[v, n] = crop_and_resize(image, params.box_VN4[v, n].tolist(), size)
-        labels_N = torch.from_numpy(source.labels_N[indices_N])
-        return torch.from_numpy(views_VNHWC), params, labels_N, torch.from_numpy(indices_N)
+    def _load(self, task: Task) -> Batch:
+        indices_N, params = self._reader.draw(task.epoch, task.indices_N)
+        shape = NUM_VIEWS, len(indices_N), self._size, self._size, 3
+        views_VNHWC = torch.empty(shape, dtype=torch.uint8)
+        for n in range(len(indices_N)):
+            image, indices_N, params = self._reader.image(n, task.epoch, indices_N, params)
+            crop_views(image, params.box_VN4[:, n], views_VNHWC[:, n].numpy())
+        return self._reader.batch(views_VNHWC, params, indices_N)
 
 
-def _as_is(loaded: Loaded | DataError) -> Loaded | DataError:
+def _as_is(loaded: Loaded) -> Loaded:
     return loaded

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from pipelines.batch import NUM_VIEWS, Batch, to_device
-from pipelines.loaders import EpochLoader, LoaderJob
+from pipelines.epoch_loader import EpochLoader, LoaderJob, Task
+from pipelines.prefetch import prefetch
 
 NUM_SAMPLES = 1_281_167
 NUM_CLASSES = 1000
@@ -28,10 +29,13 @@ class SyntheticLoader(EpochLoader):
             256, shape, dtype=torch.uint8, device=job.device, generator=generator
         )
 
-    def _load(self, epoch: int, batches: Iterator[np.ndarray]) -> Generator[Batch, None, None]:
+    def _stream(self, tasks: Iterator[Task]) -> Generator[Batch, None, None]:
+        return prefetch(self._batches_of(tasks), self._job.config.prefetch, self._job.device)
+
+    def _batches_of(self, tasks: Iterator[Task]) -> Generator[Batch, None, None]:
         job = self._job
         heights_N, widths_N = np.full(job.batch_per_rank, HEIGHT), np.full(job.batch_per_rank, WIDTH)
-        for indices_N in batches:
-            params = to_device(job.draw(epoch, indices_N, heights_N, widths_N), job.device)
-            indices_N = to_device(torch.from_numpy(indices_N), job.device)
+        for task in tasks:
+            params = to_device(job.draw(task.epoch, task.indices_N, heights_N, widths_N), job.device)
+            indices_N = to_device(torch.from_numpy(task.indices_N), job.device)
             yield Batch(self._views_VNHWC, params, indices_N % NUM_CLASSES, indices_N)

@@ -2,10 +2,17 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
+from typing import TypeVar
 
-# What the main process meets where a worker dies: torch's own error, or the end of a batch under way.
+from pipelines.errors import DataError
+
+T = TypeVar("T")
+
+# What taking a batch meets where a worker dies: torch's own error, or the end of a batch under way.
 LOST_WORKER = RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError, FileNotFoundError
+_TORCHS_OWN = "DataLoader worker"  # begins the `RuntimeError` that torch raises at the death of a worker
 
 
 def be_quiet_about_a_lost_consumer(worker_id: int) -> None:
@@ -25,9 +32,43 @@ def be_quiet_about_a_lost_consumer(worker_id: int) -> None:
 
 
 def stop_workers(batches: Iterator | None) -> None:
-    """End the workers behind a `DataLoader`'s iterator.
+    """End the workers behind a `DataLoader`'s iterator, and the threads that feed them.
 
     Until then torch raises the death of each one of them, wherever the main process happens to be.
     """
-    if hasattr(batches, "_shutdown_workers"):  # not without workers
-        batches._shutdown_workers()
+    if not hasattr(batches, "_shutdown_workers"):  # without workers
+        return
+    batches._shutdown_workers()
+    for queue in batches._index_queues:  # torch closes them, and leaves their threads to end some time
+        if queue._thread is not None:
+            queue._thread.join()
+
+
+def taken(batches: Iterator[T], advice: str) -> Iterator[T]:
+    """What the workers deliver. The death of one is a `DataError`, which gives the user's `advice`."""
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except LOST_WORKER as error:
+            raise _lost(advice, error) from error
+        yield batch
+
+
+@contextmanager
+def deaths_explained(advice: str) -> Iterator[None]:
+    """The same for what is done between two batches: torch raises the death of a worker at any place."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith(_TORCHS_OWN):
+            raise
+        raise _lost(advice, error) from error
+
+
+def _lost(advice: str, error: Exception) -> DataError:
+    return DataError(
+        "A worker process that decodes images ended unexpectedly, probably for lack of (shared) memory; "
+        f"{advice} ({error})."
+    )

@@ -3,7 +3,6 @@
 `tests/test_augment.py` compares it with PIL, like every other implementation.
 """
 
-import errno
 import os
 import subprocess
 import sys
@@ -11,13 +10,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numba.core.caching
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from pipelines.augment import numba_kernels, numba_ops, torch_ops
+from pipelines.augment import numba_ops, torch_ops
 from pipelines.batch import ViewParams
 from pipelines.config import AugmentConfig, ViewConfig
 from pipelines.draw import draw_views
@@ -174,56 +172,3 @@ def test_any_memory_layout_of_the_input_will_do() -> None:
     assert not scattered.is_contiguous()
     assert torch.equal(numba_ops.distort(scattered, *rest), expected)
     assert torch.equal(views, before)
-
-
-def double(x: int) -> int:
-    return 2 * x
-
-
-def test_it_compiles_without_a_place_for_numbas_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read-only installations in which the user's home cannot be written to either."""
-    monkeypatch.setattr(numba.core.caching.CacheImpl, "_locator_classes", [])
-    assert numba_kernels._cached(double)(21) == 42
-
-
-@pytest.fixture
-def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
-    return tmp_path
-
-
-@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
-@pytest.mark.parametrize("content", [b"", b"no pickle", None], ids=["empty", "other", "cut"])
-def test_a_damaged_file_in_numbas_cache_does_no_harm(
-    cache_folder: Path, suffix: str, content: bytes | None, caplog: pytest.LogCaptureFixture
-) -> None:
-    assert numba_kernels._cached(double)(21) == 42
-    (file,) = cache_folder.rglob(f"*.{suffix}")
-    assert not caplog.messages
-    file.write_bytes(file.read_bytes()[:-9] if content is None else content)
-    doubled = numba_kernels._cached(double)
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(doubled, range(64))) == list(range(0, 128, 2))
-    (message,) = caplog.messages
-    assert message.startswith("numba's cache fails (") and message.endswith("): compiled double anew.")
-
-
-def test_a_full_disk_does_no_harm(
-    cache_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(numba.core.caching.IndexDataCacheFile, "_save_data", refuse)
-    doubled = numba_kernels._cached(double)
-    assert [doubled(1), doubled(2)] == [2, 4]
-    (message,) = caplog.messages
-    assert "No space left" in message
-
-
-def test_an_error_that_is_not_the_caches_is_raised(
-    cache_folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with pytest.raises(TypeError, match="too many arguments"):
-        numba_kernels._cached(double)(1, 2)
-    assert not caplog.messages

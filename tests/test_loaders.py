@@ -1,19 +1,12 @@
 """All loaders deliver the same samples with the same crops, and none of them hangs on bad data."""
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import tarfile
-import threading
-import time
 from contextlib import closing
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from ffcv.reader import Reader
@@ -31,8 +24,6 @@ from pipelines.source import open_source, read_image
 
 REAL = [name for name in LOADERS if name != "synthetic"]
 SEED, BATCH, SIZE = 5, 8, 48
-# Mean absolute difference to PIL, in grey levels of 255, that one crop may have.
-TOLERANCE = {"folder": 0, "dali": 0.5, "ffcv": 6}
 
 
 def config(path: Path, loader: str, **settings: object) -> DataConfig:
@@ -122,7 +113,7 @@ def test_batches_stay_valid_while_later_ones_load(name, workers, beton):
     kept, expected = small_batches(beton, name, workers=workers), small_batches(beton, "folder", workers=0)
     for batch, theirs in zip(kept, expected, strict=True):
         assert_same_samples(batch, theirs)
-        assert difference(batch.views_VNHWC, theirs.views_VNHWC).max() <= TOLERANCE[name]
+        assert difference(batch.views_VNHWC, theirs.views_VNHWC).max() == 0
 
 
 def test_abandoned_epoch_is_replaced_by_a_new_one(loader):
@@ -147,7 +138,7 @@ def test_ranks_share_the_global_batch(name, beton, reference):
         assert torch.equal(torch.cat([half.params.box_VN4 for half in ours], 1), batch.params.box_VN4)
         assert torch.equal(torch.cat([half.params.hue_VN for half in ours], 1), batch.params.hue_VN)
         views_VNHWC = torch.cat([half.views_VNHWC for half in ours], 1)
-        assert difference(views_VNHWC, batch.views_VNHWC).max() <= TOLERANCE[name]
+        assert difference(views_VNHWC, batch.views_VNHWC).max() == 0
 
 
 def difference(a_VNHWC: torch.Tensor, b_VNHWC: torch.Tensor) -> torch.Tensor:
@@ -160,7 +151,7 @@ def difference(a_VNHWC: torch.Tensor, b_VNHWC: torch.Tensor) -> torch.Tensor:
 def test_crops_are_those_of_pil(name, size, beton):
     loaders = [build(beton, kind, image_size=size) for kind in ("folder", name)]
     for expected, batch in zip(*(loader.epoch(0) for loader in loaders), strict=True):
-        assert difference(batch.views_VNHWC, expected.views_VNHWC).max() <= TOLERANCE[name]
+        assert difference(batch.views_VNHWC, expected.views_VNHWC).max() == 0
     for loader in loaders:
         loader.close()
 
@@ -177,7 +168,9 @@ def test_folder_is_read_by_the_loaders_that_can(name, image_folder, tmp_path):
         assert_same_samples(batch, expected)
         views_NVHWC = batch.views_VNHWC.transpose(0, 1)
         assert all(view.max() < 220 for view in views_NVHWC[batch.indices_N == 0])
-        assert difference(batch.views_VNHWC, expected.views_VNHWC).max() <= TOLERANCE[name]
+        assert (
+            difference(batch.views_VNHWC, expected.views_VNHWC).max() <= 0.5
+        )  # DALI rounds the 16-bit pixels
     for loader in loaders:
         loader.close()
 
@@ -189,35 +182,50 @@ def test_number_of_workers_changes_nothing(beton, reference):
         loader.close()
 
 
+def with_bad_image(beton: Path, target: Path, fault: str) -> Path:
+    """A copy of `beton` whose sample 13 cannot be read."""
+    whole = open_source(beton).encoded(13).tobytes()
+    encoded = whole[: len(whole) // 2] if fault == "truncated" else b"not an image" * 50
+    return replace_image(beton, target, 13, encoded)
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", REAL)
 @pytest.mark.parametrize("fault", ["truncated", "no image"])
 def test_bad_image_in_a_beton_is_named(name, fault, beton, tmp_path):
-    whole = open_source(beton).encoded(13).tobytes()
-    encoded = whole[: len(whole) // 2] if fault == "truncated" else b"not an image" * 50
-    loader = build(replace_image(beton, tmp_path / "bad.beton", 13, encoded), name)
+    bad = with_bad_image(beton, tmp_path / "bad.beton", fault)
+    loader = build(bad, name, on_bad_sample="stop")
     for _ in range(2):  # the loader survives it
         with pytest.raises(DataError, match=r"sample 13 of .*bad\.beton cannot be read"):
             list(loader.epoch(0))
-    start_step = next(s for s in range(4) if 13 not in epoch_permutation(24, SEED, 1)[s * BATCH :])
-    assert len(list(loader.epoch(1, start_step))) == 3 - start_step
     loader.close()
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("name", ["folder", "dali"])
+@pytest.mark.parametrize("name", REAL)
 @pytest.mark.parametrize("fault", ["truncated", "no image"])
-def test_bad_image_in_a_folder_is_named(name, fault, image_folder, tmp_path):
-    for number in range(BATCH):
-        path = tmp_path / "c" / f"{number}.jpg"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(open_source(image_folder).encoded(number).tobytes())
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2] if fault == "truncated" else b"not an image" * 50)
-    loader = build(tmp_path, name)
-    with pytest.raises(DataError, match=r"c/7\.jpg cannot be read"):
-        list(loader.epoch(0))
-    loader.close()
+def test_bad_image_in_a_beton_is_replaced_by_the_next_one(name, fault, beton, tmp_path):
+    bad = with_bad_image(beton, tmp_path / "bad.beton", fault)
+    with closing(build(bad, name)) as ours, closing(build(beton, "folder", workers=0)) as good:
+        for epoch in range(2):
+            whole = list(good.epoch(epoch))
+            (theirs,) = (sample_of(batch, 14) for batch in whole if 14 in batch.indices_N)
+            for batch, expected in zip(ours.epoch(epoch), whole, strict=True):
+                place_N = expected.indices_N == 13
+                indices_N = torch.where(place_N, 14, expected.indices_N)
+                assert torch.equal(batch.indices_N, indices_N)
+                assert difference(batch.views_VNHWC, expected.views_VNHWC)[:, ~place_N].max() == 0
+                if place_N.any():
+                    stand_in = sample_of(batch, 14)
+                    assert torch.equal(stand_in[1], theirs[1])
+                    assert difference(stand_in[0][:, None], theirs[0][:, None]).max() == 0
+        assert list(ours.bad_samples) == [13]
+
+
+def sample_of(batch: Batch, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views and boxes of the first sample with this index."""
+    n = batch.indices_N.tolist().index(index)
+    return batch.views_VNHWC[:, n], batch.params.box_VN4[:, n]
 
 
 @pytest.mark.parametrize("name", ["dali", "ffcv"])
@@ -229,65 +237,11 @@ def test_cmyk_image_is_loaded(name, beton, tmp_path):
     loaders = [build(cmyk, kind) for kind in ("folder", name)]
     found = 0
     for expected, batch in zip(*(loader.epoch(1) for loader in loaders), strict=True):
-        assert difference(batch.views_VNHWC, expected.views_VNHWC).max() <= TOLERANCE[name]
+        assert difference(batch.views_VNHWC, expected.views_VNHWC).max() == 0
         found += (batch.indices_N == 13).sum().item()
     assert found == 1
     for loader in loaders:
         loader.close()
-
-
-@pytest.mark.timeout(60)
-def test_worker_that_is_killed_ends_the_epoch(beton, monkeypatch):
-    monkeypatch.setattr("pipelines.folder_loader.read_image", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    loader = build(beton, "folder", workers=1)
-    with pytest.raises(DataError, match=r"worker process of the folder loader ended"):
-        list(loader.epoch(0))
-    loader.close()
-
-
-@pytest.mark.parametrize("name", REAL)
-def test_close_in_mid_epoch_leaves_nothing_running(name, beton):
-    process = psutil.Process()
-
-    def load_one_and_close() -> None:
-        loader = build(beton, name, prefetch=1)
-        next(loader.epoch(0))
-        loader.close()
-        loader.close()
-
-    load_one_and_close()  # libraries keep some threads from their first use on
-    time.sleep(0.5)  # the kernel removes a thread a little after it was joined
-    before = set(threading.enumerate()), {child.pid for child in process.children(recursive=True)}
-    num_threads = process.num_threads()
-    load_one_and_close()
-    after = set(threading.enumerate()), {child.pid for child in process.children(recursive=True)}
-    assert after[0] <= before[0]
-    assert after[1] <= before[1]
-    deadline = time.monotonic() + 20
-    while process.num_threads() > num_threads and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert process.num_threads() <= num_threads
-
-
-def test_dali_keeps_its_pipeline_from_epoch_to_epoch(beton, monkeypatch):
-    """Also where nobody asks for more than an epoch's last batch."""
-    from pipelines import dali_loader
-
-    built = []
-
-    def count(*args: object, **settings: object) -> object:
-        built.append(build_pipeline(*args, **settings))
-        return built[-1]
-
-    build_pipeline = dali_loader.build_pipeline
-    monkeypatch.setattr(dali_loader, "build_pipeline", count)
-    loader = build(beton, "dali")
-    for epoch, start_step in ((0, 0), (1, 1), (2, 3), (3, 0)):
-        batches = loader.epoch(epoch, start_step)
-        for _ in range(start_step, loader.steps_per_epoch):
-            next(batches)
-    assert len(built) == 1
-    loader.close()
 
 
 def test_numbers_go_to_the_gpu_through_pinned_memory(beton, monkeypatch):
@@ -307,34 +261,6 @@ def test_numbers_go_to_the_gpu_through_pinned_memory(beton, monkeypatch):
         assert torch.equal(getattr(copied, name), expected), name
 
 
-@pytest.mark.timeout(120)
-def test_process_can_exit_in_mid_epoch(beton):
-    """All loaders at once, none closed; and none of their libraries loads before it is asked for."""
-    script = f"""
-import sys
-from pipelines.config import DataConfig
-from pipelines.loaders import build_loader
-import torch
-assert not {{"ffcv", "numba", "nvidia.dali"}} & set(sys.modules)
-torch.set_num_threads(2)
-loaders = [
-    build_loader(DataConfig(path="{beton}", loader=name, workers=1, image_size=32), seed=0, batch_size=4)
-    for name in {REAL}
-]
-epochs = [loader.epoch(0) for loader in loaders]
-for epoch in epochs:
-    next(epoch)
-assert torch.get_num_threads() == 2
-"""
-    root = Path(__file__).resolve().parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    result = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=100
-    )
-    assert result.returncode == 0, result.stderr
-    assert "Traceback" not in result.stderr
-
-
 @pytest.mark.parametrize("name", LOADERS)
 def test_batch_that_does_not_fit_is_refused(name, beton):
     settings = config(beton, name, image_size=8, workers=1)
@@ -346,7 +272,7 @@ def test_batch_that_does_not_fit_is_refused(name, beton):
 
 
 def test_ffcv_asks_for_a_converted_dataset(image_folder):
-    with pytest.raises(DataError, match=r"reads \.beton files, not the folder .*fastbarlow convert"):
+    with pytest.raises(DataError, match=r"reads \.beton files, not .*images; run `fastbarlow convert`"):
         build(image_folder, "ffcv")
 
 
@@ -388,9 +314,9 @@ def test_real_photographs_match_pil(shared_data, tmp_path):
         build_loader(DataConfig(path=path, loader=name, workers=2), seed=1, batch_size=62) for name in REAL
     ]
     for batches in zip(*(loader.epoch(0) for loader in loaders), strict=True):
-        for name, batch in zip(REAL, batches, strict=True):
+        for batch in batches:
             assert_same_samples(batch, batches[0])
-            assert difference(batch.views_VNHWC, batches[0].views_VNHWC).max() <= TOLERANCE[name]
+            assert difference(batch.views_VNHWC, batches[0].views_VNHWC).max() == 0
     for loader in loaders:
         loader.close()
 
@@ -405,6 +331,5 @@ def test_batches_on_the_gpu_are_those_on_the_cpu(name, beton):
         assert all(tensor.is_cuda for tensor in tensors)
         params, labels_N, indices_N = batch.params.to("cpu"), batch.labels_N.cpu(), batch.indices_N.cpu()
         assert_same_samples(Batch(batch.views_VNHWC, params, labels_N, indices_N), expected)
-        # nvJPEG's inverse DCT rounds differently
-        limit = TOLERANCE[name] + (0.5 if name == "dali" else 0)
+        limit = 1 if name == "dali" else 0  # nvJPEG and DALI's GPU filter round differently
         assert difference(batch.views_VNHWC, expected.views_VNHWC).max() <= limit

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
@@ -60,29 +61,7 @@ def test_compiled_loader_takes_raw_pixels_and_jpeg_files(mixed: Path) -> None:
             batches[name] = list(loader.epoch(0))
     for ours, reference in zip(batches["ffcv"], batches["folder"], strict=True):
         assert ours.indices_N.tolist() == reference.indices_N.tolist()
-        error = (ours.views_VNHWC.float() - reference.views_VNHWC.float()).abs().mean(dim=(2, 3, 4))
-        assert error.max() <= 6  # its resize filter is another than PIL's
-
-
-def test_compiled_loader_crops_raw_pixels_as_opencv_does(mixed: Path, images: list[np.ndarray]) -> None:
-    with keep_torch_threads():
-        from ffcv.libffcv import resize_crop
-
-    config = DataConfig(path=mixed, loader="ffcv", image_size=40, workers=1)
-    with closing(build_loader(config, seed=4, batch_size=8)) as loader:
-        batches = list(loader.epoch(0))
-    checked = 0
-    for batch in batches:
-        for n, index in enumerate(batch.indices_N.tolist()):
-            if images[index].nbytes > 150_000:
-                continue
-            for v in range(2):
-                top, left, height, width = batch.params.box_VN4[v, n].tolist()
-                crop_HW3 = np.empty((40, 40, 3), np.uint8)
-                resize_crop(images[index], top, top + height, left, left + width, crop_HW3)
-                assert np.array_equal(batch.views_VNHWC[v, n].numpy(), crop_HW3)
-                checked += 1
-    assert checked > 6
+        assert torch.equal(ours.views_VNHWC, reference.views_VNHWC)
 
 
 def test_dali_says_that_it_does_not_read_raw_pixels(mixed: Path) -> None:

@@ -1,28 +1,18 @@
-"""Sources give the samples that the formats' own libraries give, and say what is wrong with a dataset."""
+"""Folders give the samples that torchvision gives, and every path that is no dataset is explained."""
 
 import errno
-import json
+import os
 import shutil
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from ffcv.reader import Reader
-from ffcv.types import HeaderType
+from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from pipelines.errors import DataError
-from pipelines.source import BetonSource, FolderSource, open_source, read_image
-
-
-def patched(beton: Path, target: Path, offset: int, data: bytes) -> Path:
-    """A copy of `beton` with other bytes at `offset`."""
-    shutil.copy(beton, target)
-    with target.open("r+b") as file:
-        file.seek(offset)
-        file.write(data)
-    return target
+from pipelines.source import FolderSource, open_source, read_image
 
 
 def test_folder_has_the_samples_of_image_folder_in_its_order(image_folder):
@@ -37,52 +27,19 @@ def test_folder_has_the_samples_of_image_folder_in_its_order(image_folder):
     assert [(w, h) for h, w in zip(heights, widths, strict=True)] == [theirs[i][0].size for i in (5, 0, 5)]
 
 
-def test_beton_is_read_as_ffcv_reads_it(beton, image_folder):
-    source, reader = open_source(beton), Reader(str(beton))
-    assert isinstance(source, BetonSource)
-    everything = np.arange(len(source))
-    heights, widths = source.sizes(everything)
-    assert len(source) == reader.num_samples == 24
-    np.testing.assert_array_equal(heights, reader.metadata["f0"]["height"])
-    np.testing.assert_array_equal(widths, reader.metadata["f0"]["width"])
-    np.testing.assert_array_equal(source.labels_N, ImageFolder(image_folder).targets)
-    sizes = dict(zip(reader.alloc_table["ptr"], reader.alloc_table["size"], strict=True))
-    assert [len(source.encoded(i)) for i in everything] == [
-        sizes[p] for p in reader.metadata["f0"]["data_ptr"]
-    ]
-    assert [read_image(source, i).size for i in everything] == list(zip(widths, heights, strict=True))
-
-
-def test_class_names_come_from_the_manifest(beton, tmp_path):
-    copy = Path(shutil.copy(beton, tmp_path / "x.beton"))
-    assert open_source(copy).classes == ["0", "1", "2"]
-    manifest = tmp_path / "x.manifest.json"
-    manifest.write_text(json.dumps({"classes": ["ant", "bee", "cat"]}))
-    assert open_source(copy).classes == ["ant", "bee", "cat"]
-    manifest.write_text(json.dumps({"classes": ["ant", "bee", "cat"], "images": 24}))
-    assert open_source(copy).classes == ["ant", "bee", "cat"]
-    manifest.write_text(json.dumps({"classes": ["ant", "bee", "cat"], "images": 25}))
-    with pytest.raises(DataError, match=r"belongs to another dataset .*25 images, not 24.*convert"):
-        open_source(copy)
-    for wrong in ('{"classes": ["ant", "bee"]}', '{"classes": 3}', '{"labels": []}', "[]", "{", ""):
-        manifest.write_text(wrong)
-        with pytest.raises(DataError, match=r"x\.manifest\.json"):
-            open_source(copy)
-
-
 def test_paths_without_a_dataset_are_explained(tmp_path):
     with pytest.raises(DataError, match=r"There is no dataset at .*nowhere"):
         open_source(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"is empty"):
         open_source(tmp_path)
-    (tmp_path / "a.jpg").write_bytes(b"?")
+    (tmp_path / "a.txt").write_bytes(b"?")
     with pytest.raises(DataError, match=r"no class sub-folders"):
         open_source(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty holds no images"):
         open_source(tmp_path)
-    with pytest.raises(DataError, match=r"a\.jpg is neither a folder nor a \.beton file"):
-        open_source(tmp_path / "a.jpg")
+    with pytest.raises(DataError, match=r"a\.txt is neither a folder nor a \.beton file"):
+        open_source(tmp_path / "a.txt")
     with pytest.raises(DataError, match=r"cannot be read \(File name too long\)"):
         open_source(tmp_path / ("x" * 300))
 
@@ -91,9 +48,92 @@ def test_folder_without_permission_is_explained(tmp_path, monkeypatch):
     def refuse(path: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "iterdir", refuse)  # the superuser may read everything
+    monkeypatch.setattr(os, "scandir", refuse)  # the superuser may read everything
     with pytest.raises(DataError, match=r"cannot be read \(Permission denied\)"):
         open_source(tmp_path)
+
+
+def test_folder_of_images_alone_has_no_labels(image_folder, tmp_path):
+    files = sorted(image_folder.rglob("*.jpg"))
+    for file in files:
+        shutil.copy(file, tmp_path / file.name)
+    (tmp_path / "notes.txt").write_text("no image")
+    source = open_source(tmp_path)
+    assert source.classes == []
+    assert source.labels(np.array([3, 1])).tolist() == [0, 0]
+    assert source.labels_N.tolist() == [0] * len(files)
+    names = sorted(file.name for file in files)
+    assert [source.name(i) for i in range(len(source))] == [str(tmp_path / name) for name in names]
+    assert read_image(source, 4).size == Image.open(tmp_path / names[4]).size
+    from tools.convert.sources import open_image_set  # decides alike
+
+    listed = open_image_set(tmp_path)
+    assert (listed.classes, [listed.name(i) for i in range(len(listed))]) == ([], names)
+
+
+def test_folders_whose_layout_says_nothing_are_refused(image_folder, tmp_path):
+    """The same ones that a conversion refuses."""
+    from tools.convert.sources import open_image_set
+
+    both, parts = tmp_path / "both", tmp_path / "parts"
+    shutil.copytree(image_folder, both)
+    shutil.copy(image_folder / "ant" / "00.jpg", both)
+    for part in ("train", "val"):
+        shutil.copytree(image_folder / "ant", parts / part)
+    with pytest.raises(DataError, match=r"images and also sub-folders such as ant; .* --unlabelled"):
+        open_source(both)
+    with pytest.raises(DataError, match=r"holds the parts train, val of a dataset.*such as .*parts/train"):
+        open_source(parts)
+    for folder in (both, parts):
+        with pytest.raises(DataError):
+            open_image_set(folder)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20_000, 1), (20_000, 9_500)])
+def test_smallest_and_largest_images_load(size, tmp_path):
+    """20,000 x 9,500 pixels are more than Pillow takes by itself."""
+    (tmp_path / "c").mkdir()
+    Image.new("RGB", size, (200, 30, 40)).save(tmp_path / "c" / "0.jpg")
+    source = open_source(tmp_path)
+    assert [side.tolist() for side in source.sizes(np.array([0]))] == [[size[1]], [size[0]]]
+    image = read_image(source, 0)
+    assert image.size == size
+    assert np.abs(np.array(image.getpixel((0, 0))) - (200, 30, 40)).max() <= 3
+
+
+STUBS = [b"", b"\xff\xd8", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xc0\0\x0b", b"II*\0\x08\0\0\0"]
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("data", STUBS)
+def test_files_of_a_few_bytes_are_named(data, tmp_path):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "0.jpg").write_bytes(data)
+    source = open_source(tmp_path)
+    for read in (partial(read_image, source), lambda index: source.sizes(np.array([index]))):
+        with pytest.raises(DataError, match=r"^The image .*c/0\.jpg cannot be read \(.+\); remove it"):
+            read(0)
+
+
+def test_a_folder_in_the_place_of_an_image_is_named(image_folder, tmp_path):
+    shutil.copytree(image_folder / "ant", tmp_path / "ant")
+    source = open_source(tmp_path)
+    file = Path(source.name(2))
+    file.unlink()
+    file.mkdir()
+    for read in (source.encoded, partial(read_image, source)):
+        with pytest.raises(DataError, match=rf"{file.name} cannot be read \(Is a directory\)"):
+            read(2)
+
+
+def test_an_image_that_was_changed_after_its_size_was_read_is_refused(image_folder, tmp_path):
+    """The crop boxes would be those of another image, and reach beyond it without an error."""
+    shutil.copytree(image_folder / "ant", tmp_path / "ant")
+    source = open_source(tmp_path)
+    source.sizes(np.array([0]))
+    Image.new("RGB", (7, 5)).save(source.name(0))
+    with pytest.raises(DataError, match=r"is of 7 x 5 pixels, not \d+ x \d+ as stated"):
+        read_image(source, 0)
 
 
 def test_image_that_cannot_be_read_is_named(tmp_path, image_folder):
@@ -114,83 +154,3 @@ def test_image_that_cannot_be_read_is_named(tmp_path, image_folder):
             DataError, match=r"^The image .*c/1\.jpg cannot be read \(No such file or directory\)"
         ):
             read(1)
-
-
-def test_beton_that_is_cut_short_is_refused(beton, tmp_path):
-    whole = beton.read_bytes()
-    header = np.frombuffer(whole, HeaderType, 1)[0]
-    table = int(header["alloc_table_ptr"])
-    cut = tmp_path / "cut.beton"
-    lengths = [
-        0,
-        1,
-        HeaderType.itemsize,
-        1500,
-        2150,
-        table // 2,
-        table,
-        table + 24,
-        len(whole) - 24,
-        len(whole) - 1,
-    ]
-    for length in lengths:
-        cut.write_bytes(whole[:length])
-        with pytest.raises(DataError, match=r"cut\.beton is cut short or damaged"):
-            open_source(cut)
-
-
-def test_damaged_beton_is_refused(beton, tmp_path):
-    target = tmp_path / "x.beton"
-    field = HeaderType.fields
-    rng = np.random.default_rng(3)
-    with pytest.raises(DataError, match=r"not a \.beton file of version 2"):
-        open_source(patched(beton, target, field["version"][1], b"\1\0"))
-    with pytest.raises(DataError, match=r"not a \.beton file of version 2"):
-        open_source(patched(beton, target, field["page_size"][1], b"\3"))
-    with pytest.raises(DataError, match=r"cut short or damaged"):  # a conversion that was killed
-        open_source(patched(beton, target, field["alloc_table_ptr"][1], bytes(8)))
-    with pytest.raises(DataError, match=r"holds no samples"):
-        open_source(patched(beton, target, field["num_samples"][1], bytes(8)))
-    for name in ("num_fields", "num_samples", "alloc_table_ptr"):
-        dtype, offset = field[name][:2]
-        with pytest.raises(DataError, match=r"cut short or damaged|no field"):
-            open_source(patched(beton, target, offset, b"\xff" * dtype.itemsize))
-    for _ in range(20):
-        target.write_bytes(rng.bytes(int(rng.integers(1, 5000))))
-        with pytest.raises(DataError, match=r"x\.beton"):
-            open_source(target)
-
-
-def test_beton_whose_images_lie_outside_the_file_is_refused(beton, tmp_path):
-    reader = Reader(str(beton))
-    table, row = int(reader.header["alloc_table_ptr"]), reader.alloc_table.dtype
-    size_of_row_3 = table + 3 * row.itemsize + row.fields["size"][1]
-    ptr_of_row_3 = table + 3 * row.itemsize + row.fields["ptr"][1]
-    for offset in (size_of_row_3, ptr_of_row_3):
-        with pytest.raises(DataError, match=r"cut short or damaged"):
-            open_source(patched(beton, tmp_path / "x.beton", offset, b"\xff\xff\xff\xff"))
-    for offset in (size_of_row_3, ptr_of_row_3):  # numbers that are negative as int64
-        with pytest.raises(DataError, match=r"cut short or damaged"):
-            open_source(patched(beton, tmp_path / "x.beton", offset + 7, b"\x80"))
-
-
-def test_beton_without_the_needed_fields_is_refused(tmp_path):
-    from ffcv.fields import FloatField, IntField
-    from ffcv.writer import DatasetWriter
-
-    path = tmp_path / "x.beton"
-    fields = {"covariate": FloatField(), "label": IntField()}
-    DatasetWriter(str(path), fields, num_workers=1).from_indexed_dataset([(0.5, 1), (1.5, 2)])
-    with pytest.raises(DataError, match=r"no field 'image' of type RGBImageField .*covariate, label"):
-        open_source(path)
-
-
-def test_raw_pixels_are_not_taken_for_a_jpeg(tmp_path):
-    from ffcv.fields import IntField, RGBImageField
-    from ffcv.writer import DatasetWriter
-
-    path = tmp_path / "x.beton"
-    fields = {"image": RGBImageField(write_mode="raw"), "label": IntField()}
-    DatasetWriter(str(path), fields, num_workers=1).from_indexed_dataset([(np.zeros((9, 8, 3), np.uint8), 1)])
-    with pytest.raises(DataError, match=r"sample 0 of .* stored as raw pixels"):
-        open_source(path).encoded(0)

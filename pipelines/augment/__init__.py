@@ -15,6 +15,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from pipelines.augment.normalise import normalise
 from pipelines.batch import ViewParams
 from pipelines.config import AugmentConfig
 from pipelines.errors import DataError
@@ -42,8 +43,10 @@ def distort(views_VNHWC: Tensor, params: ViewParams, config: AugmentConfig, dtyp
     `views_VNHWC` are square uint8 crops; `params` were drawn with `config` and are on the same device.
     `config.implementation` names the implementation. "auto" takes triton on CUDA devices, numba on the CPU
     and torch on the others, and torch where triton cannot run. Raises `DataError` where the one named cannot
-    serve the device.
+    serve the device. With "dali" the loader has distorted the views already.
     """
+    if config.implementation == "dali":
+        return normalise(views_VNHWC, config, dtype)
     chosen = choose(config.implementation, views_VNHWC.device)
     return IMPLEMENTATIONS[chosen]()(views_VNHWC, params, config, dtype)
 

@@ -13,20 +13,15 @@ All compiled code is in this file: numba's cache notices changes in the file of 
 Shape legend: V views (2), N samples, S image size in pixels, P = S * S pixels, C channels (3).
 """
 
-import logging
 import math
-from collections.abc import Callable
-from threading import Lock
-from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
 from pipelines.batch import BRIGHTNESS, CONTRAST, SATURATION
-
-_log = logging.getLogger(__name__)
+from pipelines.compiled import cached, compiled
 
 FLOAT32, BFLOAT16, FLOAT16 = range(3)  # what the output is encoded as
 LEAVE_HUE = -1  # in place of a shift
@@ -55,37 +50,7 @@ SAMPLE = np.dtype(
 f4, u4, index = np.float32, np.uint32, np.uint64
 
 
-def _compiled(**options: Any) -> Callable[[Callable], Callable]:
-    """`numba.njit` without the GIL, and with divisions that do not look for zeros first."""
-    return njit(nogil=True, error_model="numpy", **options)
-
-
-def _cached(function: Callable) -> Callable:
-    """Compiled at its first call, and kept on disk for later processes where that is possible."""
-    try:
-        kept = _compiled(cache=True)(function)
-    except RuntimeError:  # neither beside this file nor in the user's cache folder
-        return _compiled()(function)
-    chosen, lock = kept, Lock()
-
-    def call(*arguments: Any) -> Any:
-        nonlocal chosen
-        try:
-            return chosen(*arguments)
-        except Exception as error:  # a full disk, or whatever reading a damaged file raises
-            with lock:
-                if chosen is kept:
-                    anew = _compiled()(function)
-                    result = anew(*arguments)  # raises what was not the cache's fault
-                    _log.warning("numba's cache fails (%r): compiled %s anew.", error, function.__name__)
-                    chosen = anew
-                    return result
-        return chosen(*arguments)
-
-    return call
-
-
-@_cached
+@cached
 def distort_samples(
     views: np.ndarray,
     samples: np.ndarray,
@@ -141,7 +106,7 @@ def distort_samples(
         )  # 6
 
 
-@_compiled()
+@compiled()
 def _split(pixels: np.ndarray, planes: np.ndarray, size: int, flip: bool) -> None:
     """`pixels` (3 P), channels last, into the first three of `planes` (4 P)."""
     size, one, two = index(size), index(1), index(2)
@@ -160,7 +125,7 @@ def _split(pixels: np.ndarray, planes: np.ndarray, size: int, flip: bool) -> Non
                 planes[blue + i] = pixels[index(3) * i + two]
 
 
-@_compiled()
+@compiled()
 def _jitter(planes: np.ndarray, sample: np.void) -> None:
     """The four colour operations on `planes` (4, P), the last of them scratch, in the sample's order."""
     r, g, b, gray = planes[0], planes[1], planes[2], planes[3]
@@ -180,31 +145,31 @@ def _jitter(planes: np.ndarray, sample: np.void) -> None:
             _turn_hue(r, g, b, sample.hue)
 
 
-@_compiled()
+@compiled()
 def _blended(other: float, value: float, factor: float) -> int:
     """factor * value + (1 - factor) * other, cut to a whole number from 0 to 255."""
     return np.uint8(min(max(other + factor * (value - other), f4(0)), f4(255)))
 
 
-@_compiled()
+@compiled()
 def _blend(plane: np.ndarray, other: float, factor: float) -> None:
     for i in range(plane.size):
         plane[i] = _blended(other, f4(plane[i]), factor)
 
 
-@_compiled()
+@compiled()
 def _luma(r: float, g: float, b: float) -> float:
     """PIL's gray before its fraction is cut off. The sum is exact in float32, being below 2^24."""
     return (f4(19595) * r + f4(38470) * g + f4(7471) * b + f4(32768)) * f4(2**-16)
 
 
-@_compiled()
+@compiled()
 def _gray(r: np.ndarray, g: np.ndarray, b: np.ndarray, gray: np.ndarray) -> None:
     for i in range(gray.size):
         gray[i] = np.uint8(_luma(f4(r[i]), f4(g[i]), f4(b[i])))
 
 
-@_compiled()
+@compiled()
 def _sum(plane: np.ndarray) -> int:
     total = index(0)
     for i in range(plane.size):
@@ -212,7 +177,7 @@ def _sum(plane: np.ndarray) -> int:
     return np.int64(total)
 
 
-@_compiled()
+@compiled()
 def _saturate(r: np.ndarray, g: np.ndarray, b: np.ndarray, factor: float) -> None:
     for i in range(r.size):
         red, green, blue = f4(r[i]), f4(g[i]), f4(b[i])
@@ -222,7 +187,7 @@ def _saturate(r: np.ndarray, g: np.ndarray, b: np.ndarray, factor: float) -> Non
         b[i] = _blended(gray, blue, factor)
 
 
-@_compiled()
+@compiled()
 def _turn_hue(r: np.ndarray, g: np.ndarray, b: np.ndarray, shift: float) -> None:
     """To 8-bit hue, saturation and value and back, as PIL does, whose divisions in float32 matter.
 
@@ -261,14 +226,14 @@ def _turn_hue(r: np.ndarray, g: np.ndarray, b: np.ndarray, shift: float) -> None
         b[i] = _lowered(high, saturation, max(f4(255) - x, x - f4(425)))
 
 
-@_compiled()
+@compiled()
 def _lowered(high: float, saturation: float, steps: float) -> int:
     """`high` less its share saturation / 255 * steps / 85, with steps cut to 0..85, to the nearest number."""
     share = saturation * min(max(steps, f4(0)), f4(85))
     return np.uint8((high * (f4(255 * 85) - share) + f4(255 * 85 // 2 + 0.5)) * f4(1 / (255 * 85)))
 
 
-@_compiled()
+@compiled()
 def _blur(
     plane: np.ndarray, size: int, sample: np.void, this: np.ndarray, other: np.ndarray, sums: np.ndarray
 ) -> None:
@@ -299,13 +264,13 @@ def _blur(
         _copy(this[first + y * width + reach :], plane[y * size :][:size])
 
 
-@_compiled()
+@compiled()
 def _copy(source: np.ndarray, target: np.ndarray) -> None:
     for i in range(target.size):
         target[i] = source[i]
 
 
-@_compiled()
+@compiled()
 def _box_blur(
     source: np.ndarray,
     first: int,
@@ -325,13 +290,13 @@ def _box_blur(
         _weigh(near, sample.inner, source[start - far :], source[start + far :], sample.outer, target[start:])
 
 
-@_compiled()
+@compiled()
 def _add_both(before: np.ndarray, after: np.ndarray, sums: np.ndarray) -> None:
     for i in range(sums.size):
         sums[i] += u4(before[i]) + u4(after[i])
 
 
-@_compiled()
+@compiled()
 def _weigh(
     near: np.ndarray, inner: int, before: np.ndarray, after: np.ndarray, outer: int, target: np.ndarray
 ) -> None:
@@ -341,14 +306,14 @@ def _weigh(
         target[i] = u4(inner * near[i] + outer * far + u4(1 << 23)) >> u4(24)
 
 
-@_compiled()
+@compiled()
 def _solarize(plane: np.ndarray) -> None:
     """Invert the values from the middle of the range upwards."""
     for i in range(plane.size):
         plane[i] = min(plane[i], np.uint8(255) - plane[i])
 
 
-@_compiled()
+@compiled()
 def _write(
     r: np.ndarray,
     g: np.ndarray,
@@ -368,7 +333,7 @@ def _write(
         _encode(values, out[3 * words * start :], encoding)
 
 
-@_compiled()
+@compiled()
 def _normalise(
     r: np.ndarray,
     g: np.ndarray,
@@ -386,7 +351,7 @@ def _normalise(
         line[3 * i + 2] = f4(b[i]) * scale_b + offset_b
 
 
-@_compiled()
+@compiled()
 def _encode(line: np.ndarray, out: np.ndarray, encoding: int) -> None:
     """`line` rounded to the nearest value of its encoding, ties to even, as 16-bit words."""
     if encoding == FLOAT16:

@@ -26,6 +26,12 @@ def crop_and_resize(image: Image.Image, box: tuple[int, int, int, int], size: in
     return np.asarray(resized)
 
 
+def crop_views(image: Image.Image, box_V4: Tensor, views_VSS3: np.ndarray) -> None:
+    """Write both views' crops of an image into `views_VSS3`, uint8."""
+    for box, view_SS3 in zip(box_V4.tolist(), views_VSS3, strict=True):
+        view_SS3[:] = crop_and_resize(image, box, view_SS3.shape[0])
+
+
 def distort_one(
     view_HWC: np.ndarray, params: ViewParams, view: int, sample: int, config: AugmentConfig
 ) -> Tensor:
