@@ -1,4 +1,4 @@
-"""Profile and benchmarks measure what they say they measure."""
+"""The profile measures what it says it measures."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -9,11 +9,8 @@ import pytest
 import torch
 
 from pipelines.config import DataConfig
-from pipelines.errors import DataError
 from tools import profile as profile_tool
-from tools.bench import loader as loader_bench
 from tools.bench import timing
-from tools.bench.loader import bench_loaders
 from tools.bench.timing import PhaseTimer, endless
 from tools.figures import PHASE_COLOURS
 from tools.profile import Profile, check_writable, profile_run, write_profile
@@ -173,8 +170,7 @@ def test_batches_made_ahead_do_not_pass_for_speed(
 
         return step
 
-    for module in (profile_tool, loader_bench):
-        monkeypatch.setattr(module, "build_loader", build_loader)
+    monkeypatch.setattr(profile_tool, "build_loader", build_loader)
     monkeypatch.setattr(profile_tool, "build_twin", build_twin)
     monkeypatch.setattr(profile_tool, "TrainStep", build_step)
     data = config.data.model_copy(update={"prefetch": prefetch, "workers": workers})
@@ -184,8 +180,6 @@ def test_batches_made_ahead_do_not_pass_for_speed(
     assert profile.loader_pairs_per_second == pytest.approx(4 / seconds)
     assert profile.step_pairs_per_second == pytest.approx(4 / 2)
     assert profile.pairs_per_second == pytest.approx(4 / max(seconds, 2))
-    bench = bench_loaders(config, ["folder"], repeats=1, batches=5, device=CPU)
-    assert bench["pairs_per_second"]["folder"] == [pytest.approx(4 / seconds)]
 
 
 def test_folder_that_cannot_be_written_is_found_before_anything_is_measured(tmp_path: Path) -> None:
@@ -204,24 +198,3 @@ def test_profile_on_a_gpu_times_every_phase(config: RunConfig) -> None:
     profile = profile_run(config.model_copy(update={"train": train}), steps=2)
     assert list(profile.phases) == list(PHASE_COLOURS)
     assert all(seconds > 0 for seconds in profile.phases.values())
-
-
-def test_loader_benchmark_names_loaders_that_cannot_read_the_data(config: RunConfig) -> None:
-    turns: list[tuple[int, int]] = []
-    result = bench_loaders(
-        config,
-        ["folder", "ffcv"],  # FFCV reads no folders
-        repeats=2,
-        batches=2,
-        device=CPU,
-        progress=lambda done, total: turns.append((done, total)),
-    )
-    assert len(result["pairs_per_second"]["folder"]) == 2
-    assert result["ratio_to_slowest"] == {"folder": 1.0}
-    assert str(config.data.path) in result["unavailable"]["ffcv"]
-    assert turns == [(1, 4), (2, 4), (3, 4), (4, 4)]
-
-
-def test_loader_benchmark_without_any_usable_loader_is_an_error(config: RunConfig) -> None:
-    with pytest.raises(DataError, match="beton"):
-        bench_loaders(config, ["ffcv"], repeats=1, batches=1, device=CPU)

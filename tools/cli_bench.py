@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 import typer
 
 from tools.console import progress_bar, say, show_json, show_table
-from tools.options import ConfigPath, Device, Json, Overrides
+from tools.options import Device, Json
+
+CORES = len(os.sched_getaffinity(0))
 
 bench_app = typer.Typer(
     no_args_is_help=True,
@@ -18,47 +20,84 @@ bench_app = typer.Typer(
 
 @bench_app.command()
 def loader(
-    config: ConfigPath,
-    overrides: Overrides = None,
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SOURCE", help="A .beton file, or a folder with a sub-folder per class."),
+    ],
+    size: Annotated[int, typer.Option(min=8, max=512, help="Side of the views, in pixels.")] = 224,
+    batch: Annotated[int, typer.Option(min=1, help="Pairs of views in a batch.")] = 64,
+    workers: Annotated[
+        int, typer.Option(min=1, max=256, help="Threads or processes of each loader. [the cores at hand]")
+    ] = CORES,
     only: Annotated[
         list[str] | None,
         typer.Option("--only", metavar="LOADER", help="Measure this loader; may be given several times."),
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Turns of each loader; the median counts.")] = 3,
-    batches: Annotated[int, typer.Option(min=1, help="Measured batches in each turn.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured turns of each; the median counts.")] = 3,
+    seconds: Annotated[float, typer.Option(min=0, help="Length of a turn, at least.")] = 3.0,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """How many pairs of views per second each loader delivers from the recipe's dataset.
+    """How many pairs of views per second each loader delivers, against the authors' data path.
 
-    Data set, image size, workers and batch size are the recipe's. Loaders that cannot read the data set are
-    named with their reason. Writes no files.
+    "crops" is what a loader delivers; "views" adds the distortions, computed on the device while the loader
+    goes on. The authors' path is their transform in the worker processes of torch's DataLoader, which reads
+    the same images as files: those of a .beton file are temporary. "floor" is libjpeg-turbo, which decodes
+    each image once and does nothing else. "per core" is pairs for each second of one core; "MB" is the host's
+    memory without the page cache. The stages are measured one by one, each with all cores to itself.
 
     Examples
 
-        fastbarlow bench loader configs/cifar10.yaml data.path=train.beton data.workers=8
-        fastbarlow bench loader configs/cifar10.yaml --only ffcv --only dali --repeats 5 --json
+        fastbarlow bench loader imagenet.beton
+        fastbarlow bench loader imagenet/train --workers 8 --batch 256 --only dali --repeats 5 --json
     """
+    from pipelines.config import AugmentConfig
     from pipelines.loaders import LOADERS
     from tools.bench.loader import bench_loaders
-    from train.config import load_config
+    from tools.bench.loader_measure import Setting
     from train.distributed import process_group
     from train.errors import ConfigError
 
-    run = load_config(config, overrides or [])
-    names = only or [name for name in LOADERS if name != "synthetic"]
-    unknown = next((name for name in names if name not in LOADERS), None)
+    choices = [name for name in LOADERS if name != "synthetic"]
+    unknown = next((name for name in only or [] if name not in choices), None)
     if unknown is not None:
-        raise ConfigError(f"There is no loader {unknown!r}; choose from {', '.join(LOADERS)}.")
-    with process_group(run.train.device) as world, progress_bar("measuring") as progress:
+        raise ConfigError(f"There is no loader {unknown!r}; choose from {', '.join(choices)}.")
+    with process_group(device) as world, progress_bar("measuring") as progress:
+        setting = Setting(size, batch, workers, world.device, AugmentConfig())
         result = bench_loaders(
-            run, names, repeats=repeats, batches=batches, device=world.device, progress=progress
+            source, only or choices, setting, repeats=repeats, seconds=seconds, progress=progress
         )
-    rows = [("loader", "pairs/s", "times the slowest")]
-    for name, rate in result["median_pairs_per_second"].items():
-        rows.append((name, f"{rate:.1f}", f"{result['ratio_to_slowest'][name]:.2f}"))
-    show_table(f"{run.data.path}, {run.data.image_size} px, median of {repeats}", rows, as_json=as_json)
+    rows = [("loader", "pairs/s", "x authors'", "of floor", "cores", "per core", "MB")]
+    rows += [
+        (
+            f"{row['loader']}, {row['delivers']}",
+            f"{row['pairs_per_second']:.0f}",
+            f"{row['ratio_to_authors']:.2f}",
+            _or_dash(row["share_of_decode_floor"], ".0%"),
+            f"{row['cores_used']:.1f}",
+            f"{row['pairs_per_core_second']:.0f}",
+            _or_dash(row["peak_memory_mb"], ".0f"),
+        )
+        for row in result["rows"]
+    ]
+    title = f"{source}, {size} px, batches of {batch}, {workers} workers, median of {repeats}"
+    show_table(title, rows, as_json=as_json)
+    if result["stages"]:
+        rows = [("stage, alone", "on", "pairs/s", "cores", "per core")]
+        rows += [
+            (
+                row["stage"],
+                row["device"],
+                f"{row['pairs_per_second']:.0f}",
+                _or_dash(row["cores_used"], ".1f"),
+                _or_dash(row["pairs_per_core_second"], ".0f"),
+            )
+            for row in result["stages"]
+        ]
+        show_table("The stages", rows, as_json=as_json)
     for name, reason in result["unavailable"].items():
         say(f"{name}: {reason}", as_json=as_json)
+    say(result["limit"]["sentence"], as_json=as_json)
     if as_json:
         show_json(result)
 
@@ -239,3 +278,7 @@ def convert(
     show_table(f"{images} images, {workers} workers, median of {repeats}", rows, as_json=as_json)
     if as_json:
         show_json(result)
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -6,12 +6,14 @@ batch-norm is the plain definition over gloo instead, so only the GPU figures ar
 Shape legend: n samples of a rank, D embedding width.
 """
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.collectives import world_size
-from model.norm import GlobalBatchNorm
+from model.norm import TwinBatchNorm
 
 
 class AuthorsLoss(nn.Module):
@@ -26,7 +28,7 @@ class AuthorsLoss(nn.Module):
         super().__init__()
         norm = nn.BatchNorm1d
         if world_size() > 1:
-            norm = nn.SyncBatchNorm if device.type == "cuda" else GlobalBatchNorm
+            norm = nn.SyncBatchNorm if device.type == "cuda" else partial(TwinBatchNorm, synchronised=True)
         self.norm = norm(width, affine=False, device=device)
         self.batch, self.weight = batch, weight
 
