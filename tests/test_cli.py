@@ -284,12 +284,14 @@ def test_bad_folders_get_one_sentence(tmp_path: Path) -> None:
     assert "a.jpg: not an image" in refuse("convert", tmp_path / "flat", out)
 
 
-@pytest.mark.parametrize("folder", ["absent", "empty", "flat"])
+@pytest.mark.parametrize("folder", ["absent", "empty", "mixed"])
 def test_pretraining_on_a_bad_folder_gets_one_sentence(root: Path, tmp_path: Path, folder: str) -> None:
     if folder != "absent":
         (tmp_path / folder).mkdir()
-    if folder == "flat":
-        (tmp_path / folder / "a.jpg").write_bytes(b"x")
+    if folder == "mixed":
+        (tmp_path / folder / "class").mkdir()
+        for place in (tmp_path / folder, tmp_path / folder / "class"):
+            (place / "a.jpg").write_bytes(b"x")
     sentence = refuse("pretrain", root / "tiny.yaml", f"data.path={tmp_path / folder}")
     assert str(tmp_path / folder) in sentence
 

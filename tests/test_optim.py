@@ -1,13 +1,16 @@
-"""LARS is the published algorithm, resumes exactly, and obeys the gradient scaler."""
+"""LARS is the published algorithm, resumes exactly, obeys the gradient scaler, and takes few launches."""
 
 import copy
+from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from train.config import OptimConfig
-from train.optim import build_optimizer
+from train.optim import Lars, build_optimizer
 from train.schedule import LearningRates
 
 CONFIG = OptimConfig(weight_decay=0.02, momentum=0.85, eta=0.003)
@@ -42,18 +45,116 @@ def plain_lars(p: Tensor, grad: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
     return p - (RATES.weights if is_weight else RATES.biases) * mu, mu
 
 
-def test_several_steps_equal_the_plain_algorithm(module: nn.Module) -> None:
-    optimizer = build_optimizer(module, CONFIG)
+@pytest.mark.parametrize("rates_on_device", [False, True])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_several_steps_equal_the_plain_algorithm(
+    module: nn.Module, dtype: torch.dtype, rtol: float, rates_on_device: bool
+) -> None:
+    """Distances in float32 are relative to each tensor's norm; the plain algorithm runs in float64."""
+    expected = [(p.detach().clone(), torch.zeros_like(p)) for p in module.to(dtype).double().parameters()]
+    optimizer = build_optimizer(module.to(dtype), CONFIG)
+    if rates_on_device:
+        optimizer.keep_rates_on_device()
     optimizer.set_rates(RATES)
-    expected = [(p.detach().clone(), torch.zeros_like(p)) for p in module.parameters()]
     for step in range(4):
         set_gradients(module, step)
-        grads = [p.grad for p in module.parameters()]
+        grads = [p.grad.double() for p in module.parameters()]
         expected = [plain_lars(p, g, mu) for (p, mu), g in zip(expected, grads, strict=True)]
         optimizer.step()
     for p, (expected_p, expected_mu) in zip(module.parameters(), expected, strict=True):
-        torch.testing.assert_close(p.detach(), expected_p, rtol=1e-12, atol=1e-14)
-        torch.testing.assert_close(optimizer.state[p]["mu"], expected_mu, rtol=1e-12, atol=1e-14)
+        for value, reference in ((p.detach(), expected_p), (optimizer.state[p]["mu"], expected_mu)):
+            assert (value.double() - reference).norm() <= rtol * reference.norm()
+
+
+def test_layout_in_memory_does_not_matter(module: nn.Module) -> None:
+    """Weights in channels-last format, and gradients laid out in another way than their weights."""
+    other = copy.deepcopy(module).to(memory_format=torch.channels_last)
+    assert other[0].weight.stride() != module[0].weight.stride()
+    for network in (module, other):
+        optimizer = build_optimizer(network, CONFIG)
+        optimizer.set_rates(RATES)
+        for step in (0, 2):
+            set_gradients(network, step)
+            optimizer.step()
+    torch.testing.assert_close(other.state_dict(), module.state_dict(), rtol=1e-12, atol=1e-14)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that compute; refuses what reads a value on the host, or takes tensors singly.
+
+    The joint operations do so on a GPU where the tensors of their lists differ in shape or layout.
+    """
+
+    VIEWS = ("as_strided", "unsqueeze", "select", "detach", "view", "alias")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero")
+        if name.startswith(("_foreach", "_fused")):
+            for tensors in zip(*(arg for arg in args if isinstance(arg, (list, tuple))), strict=True):
+                first, *others = tensors
+                for tensor in others:
+                    assert (tensor.shape, tensor.stride(), tensor.dtype) == (
+                        first.shape,
+                        first.stride(),
+                        first.dtype,
+                    )
+        if name not in self.VIEWS:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def layers(count: int) -> nn.Module:
+    torch.manual_seed(count)
+    parts = (nn.Sequential(nn.Conv2d(3, 5 + n % 7, 3), nn.BatchNorm2d(5 + n % 7)) for n in range(count))
+    return nn.Sequential(*parts).to(memory_format=torch.channels_last)
+
+
+def count_launches(module: nn.Module, has_scaler: bool) -> int:
+    optimizer = build_optimizer(module, CONFIG)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0, enabled=has_scaler)
+    scaler.scale(torch.zeros(1))
+    optimizer.set_rates(RATES)
+    for counter in (nullcontext(), launches := Launches()):  # the first step also makes the momenta
+        for parameter in module.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        if has_scaler:
+            scaler.unscale_(optimizer)
+        with counter:
+            scaler.step(optimizer)
+        scaler.update()
+    return launches.counts.total()
+
+
+@pytest.mark.parametrize("has_scaler", [False, True])
+def test_number_of_launches_does_not_grow_with_the_number_of_tensors(has_scaler: bool) -> None:
+    few, many = (count_launches(layers(count), has_scaler) for count in (2, 40))
+    assert few == many <= 20
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_number_of_kernels_on_a_gpu_does_not_grow_with_the_number_of_tensors() -> None:
+    kernels = []
+    for count in (2, 40):
+        module = layers(count).cuda()
+        optimizer: Lars = build_optimizer(module, CONFIG)
+        optimizer.set_rates(RATES)
+        for parameter in module.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            optimizer.step()
+            torch.cuda.synchronize()
+        names = [event.name for event in profile.events() if event.device_type.name == "CUDA"]
+        assert any("multi_tensor_apply" in name for name in names)
+        kernels.append(len(names))
+    assert kernels[1] <= kernels[0] + 2 <= 32  # torch stacks and reduces norms a few dozen at a time
 
 
 def test_state_dict_carries_the_momentum(module: nn.Module) -> None:

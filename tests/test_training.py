@@ -239,7 +239,7 @@ def test_metrics_of_a_full_disk_are_told_and_damaged_lines_skipped(
     boards: list[object] = []
     close = SummaryWriter.close
     monkeypatch.setattr(SummaryWriter, "close", lambda board: (boards.append(board), close(board)))
-    report = StepReport(1, 9, 0, *[0.5] * 9)
+    report = StepReport(1, 9, 0, *[0.5] * 10)
     writer = MetricsWriter(tmp_path, 0)
     writer.write(report)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -323,7 +323,7 @@ def test_bad_image_ends_the_launch_with_its_name(config: RunConfig, images: Path
     bad.write_bytes(bad.read_bytes()[:-200])
     # The steps of an epoch leave 2 images out: within a few epochs the bad one comes.
     with pytest.raises(DataError, match=r"13\.jpg"):
-        launch(with_(config, data__path=folder, train__epochs=20), 2)
+        launch(with_(config, data__path=folder, data__on_bad_sample="stop", train__epochs=20), 2)
     assert not multiprocessing.active_children()
 
 

@@ -19,18 +19,22 @@ FORMAT = 1
 CHECKPOINT_NAME = "checkpoint.pt"
 
 # A run may go on only with the settings that fix which samples and crops each step takes and what it learns
-# from them. These may differ; of them, precision and loader change the rounding and the decoded pixels a bit.
+# from them. These may differ; of them, precision, compile and loader change the rounding and pixels a bit.
 FREE_KEYS = (
     "run_dir",
     "data.path",  # `num_samples` is compared instead
     "data.loader",
     "data.workers",
     "data.prefetch",
+    "data.on_bad_sample",
+    "data.dali",
     "model.loss.algorithm",
     "train.max_steps",
     "train.precision",
     "train.device",
     "train.log_every",
+    "train.compile",
+    "train.cuda_graph",
     "train.checkpoint",
     "eval",
 )

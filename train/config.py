@@ -55,8 +55,36 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: Annotated[int, Field(ge=1)] = 10
+    micro_batches: Annotated[int, Field(ge=1)] = Field(
+        1,
+        description="Pieces in which each rank's samples go through the network, for batches that do not fit "
+        "at once. The loss still sees the whole batch, but batch-norm normalises each piece by its own "
+        "statistics, and running statistics advance once per piece.",
+    )
+    compile: bool = Field(
+        False, description="Compile the network with torch.compile: slow to start, and needs a C++ compiler."
+    )
+    cuda_graph: bool = Field(
+        False,
+        description="Record the step once and replay it, which spares the host its work; one GPU only.",
+    )
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _micro_batches_split_the_batch(self) -> "TrainConfig":
+        if self.batch_size % self.micro_batches or self.batch_size < 2 * self.micro_batches:
+            raise ValueError(
+                f"micro_batches must divide batch_size into pieces of at least 2 samples, but they are "
+                f"{self.micro_batches} and {self.batch_size}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cuda_graph_has_a_gpu(self) -> "TrainConfig":
+        if self.cuda_graph and self.device == "cpu":
+            raise ValueError("cuda_graph needs a GPU, but device is cpu; leave one of them out")
+        return self
 
     @model_validator(mode="after")
     def _warmup_ends_before_the_run(self) -> "TrainConfig":

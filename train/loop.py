@@ -4,7 +4,6 @@ The run directory holds `config.yaml`, `checkpoint.pt`, `metrics.jsonl` and `ten
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -14,8 +13,6 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model.loss import BarlowLoss
-from model.norm import synchronise_norms
 from model.twin import Twin
 from pipelines.batch import Batch, Loader
 from pipelines.loaders import build_loader
@@ -23,6 +20,7 @@ from train.checkpoint import CHECKPOINT_NAME, check_resumable, load_checkpoint, 
 from train.config import RunConfig, save_config
 from train.distributed import World, process_group
 from train.errors import TrainingError
+from train.meter import Meter
 from train.metrics import MetricsWriter, StepReport
 from train.step import TrainStep
 
@@ -60,9 +58,13 @@ def pretrain(config: RunConfig, on_step: Callable[[StepReport], None] | None = N
 
 
 def configure_backends(config: RunConfig) -> None:
-    """Set cuDNN up for the run: shapes never change, and fp32 is not rounded to TensorFloat-32."""
+    """Set CUDA's libraries up for the run: shapes never change, and fp32 is not rounded to TensorFloat-32.
+
+    In the half precisions, where most operands are rounded further, what remains in float32 may be.
+    """
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = config.train.precision != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = config.train.precision != "fp32"
 
 
 def build_twin(config: RunConfig, device: torch.device) -> Twin:
@@ -87,12 +89,16 @@ class _Run:
         self.failed_step = torch.zeros((), dtype=torch.int64, device=world.device)
 
     def train(self, on_step: Callable[[StepReport], None] | None) -> RunResult:
-        """1. resume  2. step after step  3. a report now and then  4. a checkpoint now and then"""
+        """1. resume  2. step after step  3. a report now and then  4. a checkpoint now and then
+
+        The host does not wait for the device to finish a step: a report follows, some steps later, once its
+        values have arrived. Only before a checkpoint, and so at the end, all of them are waited for.
+        """
         start = self._resume()  # 1
         if start >= self.total_steps:
             return RunResult(self.checkpoint, start, 0, None)
         train, report = self.config.train, None
-        meter = _Meter(train.batch_size, self.total_steps, start)
+        meter = Meter(train.batch_size, self.total_steps, start, self.world.device)
         with self._open_metrics(start) as write:
             for step, batch in self._batches(start, meter):
                 loss = self.train_step(batch, step)  # 2
@@ -101,30 +107,35 @@ class _Run:
                 self.failed_step = torch.where(has_failed, done, self.failed_step)
                 is_last = done == self.total_steps
                 if is_last or done == start + 1 or done % train.log_every == 0:  # 3
-                    self._stop_if_loss_failed()
+                    epoch, bad = step // self.loader.steps_per_epoch, len(self.loader.bad_samples)
+                    meter.measure(done, epoch, loss, self.failed_step, self.train_step, bad)
+                must_save = is_last or self._is_checkpoint_due(done)
+                for report, failed in meter.reports(wait=must_save):
+                    if failed:
+                        raise self._failure("loss", failed)
                     if self.world.is_main:
-                        report = meter.report(
-                            done, step // self.loader.steps_per_epoch, loss, self.train_step
-                        )
                         write(report)
                         if on_step is not None:
                             on_step(report)
-                if is_last or self._is_checkpoint_due(done):  # 4
+                if must_save:  # 4
                     self._save(done)
-        return RunResult(self.checkpoint, self.total_steps, self.total_steps - start, report)
+        last_report = report if self.world.is_main else None
+        return RunResult(self.checkpoint, self.total_steps, self.total_steps - start, last_report)
 
     def _over_ranks(self, twin: Twin) -> nn.Module:
-        """The network with gradients and batch-norm statistics over all ranks."""
+        """The network with gradients, and statistics of the norms in `model.sync_bn`, over all ranks."""
         if self.world.size == 1:
             return twin
+        twin.synchronise_norms()
         return DistributedDataParallel(
-            synchronise_norms(twin),
+            twin,
             device_ids=[self.world.device] if self.world.device.type == "cuda" else None,
-            forward_sync_buffers=False,  # synchronised norms keep them equal
+            # Norms that are synchronised keep their buffers equal.
+            forward_sync_buffers=self.config.model.sync_bn != "all",
             gradient_as_bucket_view=True,
         )
 
-    def _batches(self, start: int, meter: "_Meter") -> Iterator[tuple[int, Batch]]:
+    def _batches(self, start: int, meter: Meter) -> Iterator[tuple[int, Batch]]:
         """(step, batch) from step `start` to the last one of the run."""
         per_epoch = self.loader.steps_per_epoch
         for epoch in range(start // per_epoch, math.ceil(self.total_steps / per_epoch)):
@@ -214,42 +225,3 @@ class _Run:
             ) from error
         with closing(writer):
             yield writer.write
-
-
-class _Meter:
-    """Speed and waiting time between two reports."""
-
-    def __init__(self, batch_size: int, total_steps: int, start: int) -> None:
-        self.batch_size, self.total_steps, self.reported_step = batch_size, total_steps, start
-        self.began = self.reported_at = time.perf_counter()
-        self.waited = 0.0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the time inside as waiting for the loader."""
-        began = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - began
-
-    def report(self, done: int, epoch: int, loss: BarlowLoss, train_step: TrainStep) -> StepReport:
-        """The report after `done` steps; reading the loss waits for the device."""
-        total, invariance, redundancy = torch.stack(loss).tolist()
-        weights, biases = train_step.optimizer.param_groups
-        now = time.perf_counter()
-        seconds_per_step = (now - self.reported_at) / (done - self.reported_step)
-        report = StepReport(
-            step=done,
-            total_steps=self.total_steps,
-            epoch=epoch,
-            loss=total,
-            invariance=invariance,
-            redundancy=redundancy,
-            lr_weights=weights["lr"],
-            lr_biases=biases["lr"],
-            pairs_per_second=self.batch_size / seconds_per_step,
-            data_wait_share=self.waited / (now - self.reported_at),
-            seconds=now - self.began,
-            seconds_left=(self.total_steps - done) * seconds_per_step,
-        )
-        self.reported_at, self.reported_step, self.waited = now, done, 0.0
-        return report

@@ -25,6 +25,7 @@ class StepReport:
     lr_biases: float
     pairs_per_second: float  # over all ranks
     data_wait_share: float  # share of the wall time that the host waited for the loader, 0 to 1
+    bad_samples: int  # images that rank 0 could not read so far, since this process began to train
     seconds: float  # wall time since this process began to train
     seconds_left: float
 

@@ -2,6 +2,8 @@
 
 The step of each weight tensor is rescaled to a share `eta` of the tensor's own norm. Biases and norm
 parameters get neither that nor weight decay.
+
+Shape legend: T tensors of a group, R rows of `ROW` numbers in which all of them are laid out.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 
 from train.config import OptimConfig
 from train.schedule import LearningRates
+
+ROW = 1024  # numbers; each tensor begins a row, so that a factor for each tensor is a factor for each row
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> "Lars":
@@ -32,13 +36,17 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> "Lars":
 class Lars(torch.optim.Optimizer):
     """For each tensor p with gradient g and momentum mu (0 at first):
 
-    1. weight decay   g = g + weight_decay * p
-    2. adaptation     g = g * eta * |p| / |g|, unless one of the norms is 0; only in groups with `adapt`
-    3. momentum       mu = momentum * mu + g
+    1. weight decay   u = g + weight_decay * p
+    2. adaptation     u = u * eta * |p| / |u|, unless one of the norms is 0; only in groups with `adapt`
+    3. momentum       mu = momentum * mu + u
     4. step           p = p - lr * mu
 
+    All tensors of a group go through each operation together, and the host waits for none, so a step costs
+    the same few launches however many tensors there are. They must be dense, of one dtype and on one device.
+    Besides the momenta it needs memory for a copy of the weights' gradients, on a GPU only while it runs.
+
     Works with `torch.amp.GradScaler`: call `scaler.unscale_` before `scaler.step`. Where the scaler has found
-    a non-finite gradient, the step leaves p and mu as they are, without a wait for the host.
+    a non-finite gradient, the step leaves p and mu as they are.
     """
 
     # Tells GradScaler.step to set `found_inf` on the optimizer instead of reading it on the host.
@@ -55,44 +63,100 @@ class Lars(torch.optim.Optimizer):
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta, "adapt": adapt}
         super().__init__(params, defaults)
+        self._rates: list[Tensor] | None = None  # 0-d on the device, one for each group
+        self._row_tensors: dict[tuple[int, ...], Tensor] = {}  # by sizes: the tensor of each row, int64 (R,)
+        self._matrices: dict[int, Tensor] = {}  # by rows, on the CPU
+
+    def keep_rates_on_device(self) -> None:
+        """Read the rates from the device: a CUDA graph would repeat a number of the host for ever."""
+        device = self.param_groups[0]["params"][0].device
+        # The fused step reads them as float32 on a GPU and in full on the CPU.
+        dtype = torch.float32 if device.type == "cuda" else torch.float64
+        self._rates = [torch.tensor(g["lr"], dtype=dtype, device=device) for g in self.param_groups]
 
     def set_rates(self, rates: LearningRates) -> None:
         """Set the rates of the two groups of `build_optimizer`."""
-        weights, biases = self.param_groups
-        weights["lr"], biases["lr"] = rates.weights, rates.biases
+        for number, rate in enumerate((rates.weights, rates.biases)):
+            self.param_groups[number]["lr"] = rate
+            if self._rates is not None:
+                self._rates[number].fill_(rate)
 
     @torch.no_grad()
     def step(self) -> None:
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        for group in self.param_groups:
-            self._step_group(group, skip=None if found_inf is None else found_inf > 0)
+        for number, group in enumerate(self.param_groups):
+            lr = group["lr"] if self._rates is None else self._rates[number]
+            self._step_group(group, lr)
 
-    def _step_group(self, group: dict[str, Any], skip: Tensor | None) -> None:
-        """One step of one group; `skip` (0-d bool on the device) makes it change nothing."""
+    def _step_group(self, group: dict[str, Any], lr: float | Tensor) -> None:
         params = [p for p in group["params"] if p.grad is not None]
         if not params:
             return
         for p in params:
             if "mu" not in self.state[p]:
                 self.state[p]["mu"] = torch.zeros_like(p)
-        momenta = [self.state[p]["mu"] for p in params]
+        updates = [_laid_out_like(p, p.grad) for p in params]
+        if group["adapt"]:
+            updates = self._adapted(params, updates, group["weight_decay"], group["eta"])  # 1, 2
+        # Steps 3 and 4, and 1 for the others, are those of stochastic gradient descent.
+        torch._fused_sgd_(
+            params,
+            updates,
+            [self.state[p]["mu"] for p in params],
+            lr=lr,
+            momentum=group["momentum"],
+            weight_decay=0.0 if group["adapt"] else group["weight_decay"],
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+            found_inf=getattr(self, "found_inf", None),
+        )
 
-        updates = torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"])  # 1
-        if group["adapt"]:  # 2
-            updates = torch._foreach_mul(updates, _adaptations(params, updates, group["eta"]))
-        if skip is None:
-            torch._foreach_mul_(momenta, group["momentum"])  # 3
-            torch._foreach_add_(momenta, updates)
-            torch._foreach_add_(params, momenta, alpha=-group["lr"])  # 4
-        else:
-            for p, mu, update in zip(params, momenta, updates, strict=True):
-                mu.copy_(torch.where(skip, mu, mu * group["momentum"] + update))  # 3
-                p.copy_(torch.where(skip, p, p - group["lr"] * mu))  # 4
+    def _adapted(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], weight_decay: float, eta: float
+    ) -> list[Tensor]:
+        """The updates after steps 1 and 2.
+
+        They are views of one matrix: a list of factors, a 0-d tensor each, would be multiplied one by one.
+        """
+        row_tensor_R = self._rows_of(params)
+        matrix_Rx = self._matrix(len(row_tensor_R), params[0])
+        updates, start = [], 0
+        for p in params:
+            updates.append(matrix_Rx.as_strided(p.size(), p.stride(), start))
+            start += _rows(p) * ROW
+        torch._foreach_copy_(updates, grads)
+        torch._foreach_add_(updates, params, alpha=weight_decay)  # 1
+        norm_2T = torch.stack(torch._foreach_norm([*params, *updates])).view(2, -1)
+        factor_T = torch.where((norm_2T > 0).all(0), eta * norm_2T[0] / norm_2T[1], 1.0)
+        matrix_Rx.mul_(factor_T[row_tensor_R].unsqueeze(1))  # 2
+        return updates
+
+    def _rows_of(self, params: Sequence[Tensor]) -> Tensor:
+        """For each row of the matrix of updates, which of `params` it belongs to: int64 (R,)."""
+        sizes = tuple(_rows(p) for p in params)
+        if sizes not in self._row_tensors:
+            row_tensor_R = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+            self._row_tensors[sizes] = row_tensor_R.to(params[0].device)
+        return self._row_tensors[sizes]
+
+    def _matrix(self, rows: int, like: Tensor) -> Tensor:
+        """Uninitialised. The CPU has no pool of memory, and fresh pages cost more than the arithmetic."""
+        if rows in self._matrices:
+            return self._matrices[rows]
+        matrix_Rx = like.new_empty(rows, ROW)
+        if not like.is_cuda:
+            self._matrices[rows] = matrix_Rx
+        return matrix_Rx
 
 
-def _adaptations(params: Sequence[Tensor], updates: Sequence[Tensor], eta: float) -> list[Tensor]:
-    """For each tensor the factor (0-d) that makes its update `eta` times as long as itself."""
-    param_norms = torch.stack(torch._foreach_norm(params))
-    update_norms = torch.stack(torch._foreach_norm(updates))
-    usable = (param_norms > 0) & (update_norms > 0)
-    return list(torch.where(usable, eta * param_norms / update_norms, 1.0).unbind())
+def _rows(p: Tensor) -> int:
+    return -(-p.numel() // ROW)
+
+
+def _laid_out_like(p: Tensor, grad: Tensor) -> Tensor:
+    """`grad` with the strides of `p`, which the joint operations need. Autograd's own gradients have them."""
+    sides = zip(p.size(), p.stride(), grad.stride(), strict=True)
+    if all(size == 1 or of_p == of_grad for size, of_p, of_grad in sides):
+        return grad
+    return torch.empty_like(p).copy_(grad)

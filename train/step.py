@@ -1,22 +1,29 @@
 """One training step: distort, forward, loss, backward, optimiser.
 
-The host queues all of it on the device and waits for none, with two exceptions on several GPUs: the forward
-pass of torch's `SyncBatchNorm` asks the device, layer by layer, which ranks have samples, and the loss asks
-at the first step whether all have equally many.
+The host queues all of it on the device and waits for none, with two exceptions on several GPUs: with
+`model.norm` torch, the forward pass of torch's `SyncBatchNorm` asks the device, layer by layer, which ranks
+have samples, and the loss asks at the first step whether all have equally many.
 
-Shape legend: V views (2), N samples of this rank, C colours (3), H and W pixels, D embedding width.
+Shape legend: V views (2), N samples of this rank, k pieces of n = N / k samples, C colours (3), H and W
+pixels, D embedding width.
 """
 
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from model.collectives import world_size
 from model.loss import BarlowLoss, barlow_loss
 from pipelines.augment import distort
-from pipelines.batch import Batch
+from pipelines.batch import Batch, ViewParams
 from train.config import RunConfig
+from train.errors import ConfigError
+from train.graph import StepGraph
 from train.optim import Lars, build_optimizer
 from train.schedule import learning_rates
 
@@ -27,8 +34,23 @@ PHASES = ("augment", "forward", "loss", "backward", "optimizer")
 class TrainStep:
     """The step of one rank, and the state that it changes: network, optimiser and gradient scaler.
 
+    1. Distort the batch and split it into `micro_batches` pieces.
+    2. Embed each piece. Only the last one keeps what its backward pass needs.
+    3. The loss of the embeddings of all pieces and ranks, and its gradient with respect to them.
+    4. Backward through the last piece; then embed each of the others again and go backward through it.
+       Gradients add up, and ranks exchange them once, in the last backward pass.
+    5. The optimiser's step.
+    With one piece this is plain training; with k pieces the forward pass costs (2k - 1) / k times as much,
+    and the memory is that of one piece (Gao et al. 2021, "Scaling deep contrastive learning batch size under
+    memory limited setup"). Without batch-norm the gradient is the one of the whole batch. Batch-norm
+    normalises each piece by its own statistics, and running statistics advance once for each piece, in 2.
+    Piece j of k holds each rank's rows j, j + k, j + 2k and so on: over all ranks the same samples, whatever
+    the number of ranks.
+
     `network` is a `Twin`, or what wraps one, on the device in channels-last format. `mark` is called with the
-    name of each of `PHASES` after the step has queued that phase's work.
+    name of each of `PHASES` after the step has queued that phase's work, or with "step" alone where the step
+    is replayed as a CUDA graph. Load the states of network and optimiser before the first step. Raises
+    `ConfigError` where the settings do not fit the device or the number of ranks.
     """
 
     def __init__(
@@ -40,6 +62,7 @@ class TrainStep:
     ) -> None:
         self.network = network
         self._device = next(network.parameters()).device
+        _check(config, self._device)
         self.optimizer: Lars = build_optimizer(network, config.train.optim)
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=config.train.precision == "fp16")
         self._config = config
@@ -51,31 +74,82 @@ class TrainStep:
         # The authors' code lacks that factor, and their published run had 16 ranks: a
         # reference_world_size of 16 gives its gradient on any number of ranks.
         self._gradient_share = world_size() / config.model.loss.reference_world_size
+        self._network_call = torch.compile(network) if config.train.compile else network
+        self._graph: StepGraph | None = None
+        if config.train.cuda_graph:
+            self.optimizer.keep_rates_on_device()
+            self._graph = StepGraph(self._train)
 
     def __call__(self, batch: Batch, step: int) -> BarlowLoss:
         """Train on one batch as global step `step` (from 0); the loss comes back detached, on the device."""
-        views_VNCHW = distort(batch.views_VNHWC, batch.params, self._config.data.augment, self._dtype)
-        self._mark("augment")
-
-        use_autocast = self._dtype is not torch.float32
-        with torch.autocast(self._device.type, self._dtype, enabled=use_autocast):
-            z_a_ND, z_b_ND = self.network(views_VNCHW)
-        self._mark("forward")
-
-        loss = barlow_loss(z_a_ND, z_b_ND, self._config.model.loss)  # in float32
-        self._mark("loss")
-
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss.total * self._gradient_share).backward()
-        self._mark("backward")
-
         self._set_learning_rates(step)
+        if self._graph is None:
+            terms = self._train(batch.views_VNHWC, batch.params)
+        else:
+            terms = self._graph(batch.views_VNHWC, batch.params)
+            if self._graph.is_recorded:
+                self._mark("step")
+        return BarlowLoss(*terms.unbind())
+
+    def _train(self, views_VNHWC: Tensor, params: ViewParams) -> Tensor:
+        """The step without its learning rates; the terms of `BarlowLoss` in one tensor."""
+        self.optimizer.zero_grad(set_to_none=True)
+        views_VNCHW = distort(views_VNHWC, params, self._config.data.augment, self._dtype)
+        *others, last = _pieces(views_VNCHW, self._config.train.micro_batches)  # 1
+        del views_VNCHW
+        self._end("augment")
+
+        with torch.no_grad():
+            embeddings = [self._embed(piece) for piece in others]  # 2
+        with self._unexchanged_if(others):
+            embeddings_last = self._embed(last)
+        self._end("forward")
+
+        z_a_ND, z_b_ND = (
+            torch.cat(z).detach().requires_grad_() for z in zip(*embeddings, embeddings_last, strict=True)
+        )
+        loss = barlow_loss(z_a_ND, z_b_ND, self._config.model.loss)  # 3, in float32
+        self._end("loss")
+
+        self.scaler.scale(loss.total * self._gradient_share).backward()
+        n = len(z_a_ND) // (len(others) + 1)
+        *gradients, gradients_last = zip(z_a_ND.grad.split(n), z_b_ND.grad.split(n), strict=True)
+        with self._unexchanged_if(others):
+            torch.autograd.backward(embeddings_last, gradients_last)  # 4
+        with _unchanged_buffers(self.network) if others else nullcontext():
+            while others:
+                piece, gradient = others.pop(), gradients.pop()
+                with self._unexchanged_if(others):
+                    torch.autograd.backward(self._embed(piece), gradient)
+        self._end("backward")
+
         if self.scaler.is_enabled():
-            self.scaler.unscale_(self.optimizer)
+            self.scaler.unscale_(self.optimizer)  # 5
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self._mark("optimizer")
-        return BarlowLoss(*(term.detach() for term in loss))
+        self._end("optimizer")
+        return torch.stack([term.detach() for term in loss])
+
+    def _embed(self, views_VnCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings of both views, (n, D) each.
+
+        Each call has an autocast of its own, since one remembers casts of weights, and those that were made
+        without gradients would be taken where gradients are needed.
+        """
+        use_autocast = self._dtype is not torch.float32
+        with torch.autocast(self._device.type, self._dtype, enabled=use_autocast):
+            return self._network_call(views_VnCHW)
+
+    def _unexchanged_if(self, more: object) -> AbstractContextManager[None]:
+        """Where `more` backward passes follow: forward and backward without the exchange between ranks."""
+        if more and isinstance(self.network, DistributedDataParallel):
+            return self.network.no_sync()
+        return nullcontext()
+
+    def _end(self, phase: str) -> None:
+        """The phase's work has been queued; while a graph is recorded, none is."""
+        if not (self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            self._mark(phase)
 
     def _set_learning_rates(self, step: int) -> None:
         train = self._config.train
@@ -87,3 +161,48 @@ class TrainStep:
             epochs=train.epochs,
         )
         self.optimizer.set_rates(rates)
+
+
+def _pieces(views_VNCHW: Tensor, count: int) -> list[Tensor]:
+    """Piece j of `count` has the rows j, j + count, j + 2 count and so on: (V, n, C, H, W) as channels-last.
+
+    One piece is the batch itself, not a copy.
+    """
+    n = views_VNCHW.shape[1] // count
+    views_VnkHWC = views_VNCHW.permute(0, 1, 3, 4, 2).unflatten(1, (n, count))
+    pieces_kVnHWC = views_VnkHWC.movedim(2, 0).contiguous()
+    return list(pieces_kVnHWC.permute(0, 1, 2, 5, 3, 4).unbind())
+
+
+@contextmanager
+def _unchanged_buffers(network: nn.Module) -> Iterator[None]:
+    """After the block the running statistics of batch-norms, and any other buffers, are what they were."""
+    buffers = list(network.buffers())
+    held = [torch.empty_like(buffer) for buffer in buffers]
+    _copy_together(buffers, held)
+    yield
+    _copy_together(held, buffers)
+
+
+def _copy_together(sources: list[Tensor], targets: list[Tensor]) -> None:
+    for dtype in {source.dtype for source in sources}:  # few launches for all tensors of one dtype
+        chosen = [i for i, source in enumerate(sources) if source.dtype == dtype]
+        torch._foreach_copy_([targets[i] for i in chosen], [sources[i] for i in chosen])
+
+
+def _check(config: RunConfig, device: torch.device) -> None:
+    train, ranks = config.train, world_size()
+    if train.batch_size // ranks % train.micro_batches:
+        raise ConfigError(
+            f"train.micro_batches must divide the {train.batch_size // ranks} samples of each rank, but it "
+            f"is {train.micro_batches}; change it, or train.batch_size."
+        )
+    if train.cuda_graph and (device.type != "cuda" or ranks > 1):
+        where = "this run is on the CPU" if device.type != "cuda" else f"this run has {ranks} ranks"
+        raise ConfigError(f"train.cuda_graph needs one GPU, but {where}; set it to false.")
+    compiler = os.environ.get("CXX", "g++")
+    if train.compile and shutil.which(compiler) is None:
+        raise ConfigError(
+            f"train.compile needs the C++ compiler {compiler}, which is not installed; install it, or set "
+            f"train.compile to false."
+        )
