@@ -57,6 +57,14 @@ class ModelConfig(Section):
     small_stem: bool = Field(False, description="3x3 stride-1 stem without max-pooling, for 32-pixel images.")
     zero_init_residual: bool = True
     projector: str = Field("8192-8192-8192", description="Widths of the projector's layers.")
+    norm: Literal["twin", "torch", "apex"] = Field(
+        "twin",
+        description="Batch-norm: twin takes both views in one pass, with statistics per view; torch makes a "
+        "pass for each view, as the authors do; apex is twin with the kernels of NVIDIA's apex.",
+    )
+    sync_bn: Literal["all", "projector", "none"] = Field(
+        "all", description="Which batch-norms have statistics over all GPUs."
+    )
     loss: LossConfig = LossConfig()
 
     @field_validator("projector", mode="before")

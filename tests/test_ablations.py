@@ -28,7 +28,7 @@ def test_recipe_differs_from_the_papers_run_in_nothing_else(name: str) -> None:
     overrides += [f"data.augment.view_b.{setting}" for setting in ("blur_p=0.1", "solarize_p=0.2")]
     for operation in SWITCHED_OFF[name]:
         overrides += [f"data.augment.view_{view}.{operation}_p=0" for view in "ab"]
-    expected = load_config(CONFIGS / "imagenet.yaml", overrides)
+    expected = load_config(CONFIGS / "imagenet_rn50_32xv100.yaml", overrides)
     assert load_config(CONFIGS / "ablations" / f"{name}.yaml") == expected
 
 

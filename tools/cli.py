@@ -131,9 +131,9 @@ def pretrain(
 
     Examples
 
-        fastbarlow pretrain configs/imagenet.yaml run_dir=runs/a data.path=train.beton
-        fastbarlow pretrain configs/cifar10.yaml train.device=cpu --procs 2
-        torchrun --nproc-per-node 8 -m tools.cli pretrain configs/imagenet.yaml
+        fastbarlow pretrain configs/imagenet_rn50_32xv100.yaml run_dir=runs/a data.path=train.beton
+        fastbarlow pretrain configs/cifar10_rn18.yaml train.device=cpu --procs 2
+        torchrun --nproc-per-node 8 -m tools.cli pretrain configs/imagenet_rn50_32xv100.yaml
     """
     from train.config import load_config
     from train.launch import launch, show_notes
@@ -181,8 +181,8 @@ def profile(
 
     Examples
 
-        fastbarlow profile configs/imagenet.yaml train.batch_size=256 data.loader=dali
-        fastbarlow profile configs/cifar10.yaml --steps 50 --json
+        fastbarlow profile configs/imagenet_rn50_32xv100.yaml train.batch_size=256 data.loader=dali
+        fastbarlow profile configs/cifar10_rn18.yaml --steps 50 --json
     """
     from tools.profile import check_writable, profile_run, write_profile
     from train.config import load_config
@@ -229,7 +229,7 @@ def show_views(
     Examples
 
         fastbarlow show-views train.beton --out views.png
-        fastbarlow show-views train.beton --out views.png --config configs/cifar10.yaml --epoch 7
+        fastbarlow show-views train.beton --out views.png --config configs/cifar10_rn18.yaml --epoch 7
     """
     from tools.show_views import show_views as write_picture
 

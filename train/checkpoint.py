@@ -28,6 +28,7 @@ FREE_KEYS = (
     "data.prefetch",
     "data.on_bad_sample",
     "data.dali",
+    "model.norm",
     "model.loss.algorithm",
     "train.max_steps",
     "train.precision",
