@@ -24,11 +24,11 @@ def test_every_recipe_of_the_folder_is_known() -> None:
 
 @pytest.mark.parametrize("name", SWITCHED_OFF)
 def test_recipe_differs_from_the_papers_run_in_nothing_else(name: str) -> None:
-    overrides = ["train.epochs=300", f"run_dir=runs/ablations/{name}"]
+    overrides = ["train.epochs=300", "data.workers=8", f"run_dir=runs/ablations/{name}"]
     overrides += [f"data.augment.view_b.{setting}" for setting in ("blur_p=0.1", "solarize_p=0.2")]
     for operation in SWITCHED_OFF[name]:
         overrides += [f"data.augment.view_{view}.{operation}_p=0" for view in "ab"]
-    expected = load_config(CONFIGS / "imagenet_rn50_32xv100.yaml", overrides)
+    expected = load_config(CONFIGS / "imagenet_rn50_8xh100.yaml", overrides)
     assert load_config(CONFIGS / "ablations" / f"{name}.yaml") == expected
 
 

@@ -131,9 +131,9 @@ def pretrain(
 
     Examples
 
-        fastbarlow pretrain configs/imagenet_rn50_32xv100.yaml run_dir=runs/a data.path=train.beton
+        fastbarlow pretrain configs/imagenet_rn50_8xh100.yaml run_dir=runs/a data.path=train.beton
         fastbarlow pretrain configs/cifar10_rn18.yaml train.device=cpu --procs 2
-        torchrun --nproc-per-node 8 -m tools.cli pretrain configs/imagenet_rn50_32xv100.yaml
+        torchrun --nproc-per-node 8 --no-python fastbarlow pretrain configs/imagenet_rn50_8xh100.yaml
     """
     from train.config import load_config
     from train.launch import launch, show_notes
@@ -181,7 +181,7 @@ def profile(
 
     Examples
 
-        fastbarlow profile configs/imagenet_rn50_32xv100.yaml train.batch_size=256 data.loader=dali
+        fastbarlow profile configs/imagenet_rn50_8xh100.yaml train.batch_size=256 data.loader=dali
         fastbarlow profile configs/cifar10_rn18.yaml --steps 50 --json
     """
     from tools.profile import check_writable, profile_run, write_profile
