@@ -31,14 +31,15 @@ class BadSamples:
             raise error
         if index in self.reasons:
             return
+        count = len(self.reasons) + 1
+        if count > min(max(MIN_ALLOWED, MAX_SHARE * self._num_samples), self._num_samples - 1):
+            raise DataError(
+                f"{count} of the dataset's {self._num_samples} images cannot be read, the last one for this "
+                f"reason: {error}"
+            ) from error
         self.reasons[int(index)] = str(error)
         if self._log:
             _log.warning("%s Meanwhile the next readable image takes its place.", error)
-        if len(self.reasons) > min(max(MIN_ALLOWED, MAX_SHARE * self._num_samples), self._num_samples - 1):
-            raise DataError(
-                f"{len(self.reasons)} of the dataset's {self._num_samples} images cannot be read, the last "
-                f"one for this reason: {error}"
-            ) from error
 
     def find(self, read: Callable[[int], object], indices: Iterable[int]) -> bool:
         """Report those of `indices` that `read` raises `DataError` for; whether there are any."""
@@ -58,6 +59,6 @@ class BadSamples:
         return np.array([self._stand_in(index) for index in indices_N.tolist()], dtype=indices_N.dtype)
 
     def _stand_in(self, index: int) -> int:
-        while index in self.reasons:  # ends, as `report` stops before the last good sample
+        while index in self.reasons:  # ends, as `report` never takes the last sample
             index = (index + 1) % self._num_samples
         return index

@@ -104,7 +104,9 @@ class DaliConfig(Section):
 class DataConfig(Section):
     """Where the images are and how they reach the device."""
 
-    path: Path = Field(description="A .beton file, or a folder with one sub-folder per class.")
+    path: Path = Field(
+        description="A .beton file, a folder of images or of shards, or torchvision:NAME:ROOT[:SPLIT]."
+    )
     loader: Literal["folder", "ffcv", "dali", "synthetic"] = "ffcv"
     image_size: Annotated[int, Field(ge=8, le=512)] = 224
     workers: Annotated[int, Field(ge=0, le=256, description="Decoding threads or processes per rank.")] = 8

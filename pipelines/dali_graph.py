@@ -67,7 +67,7 @@ class Graph:
     distorts: bool
     hardware_share: float = 0.65  # of JPEGs for the GPU's own decoder
     reserved: int | None = None  # bytes per thread of the GPU's decoders; None for what `largest_HW` needs
-    largest_HW: tuple[int, int] = (0, 0)  # height and width that no image exceeds; 0 where unknown
+    largest_HW: tuple[int, int] = (0, 0)  # of the image with the most pixels; 0 where unknown
 
     @property
     def makes_views(self) -> bool:

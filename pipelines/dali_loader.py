@@ -1,5 +1,8 @@
 """NVIDIA DALI: decodes on the GPU where there is one and on CPU threads otherwise, from one graph.
 
+DALI takes damaged files that PIL refuses where it meets no error on its way: some that end too early or have
+wrong bytes, in particular beyond the part that both crops need. Their crops hold what it made of them.
+
 Memory: `prefetch` + 2 batches of 2 * batch_per_rank * image_size^2 * 3 bytes on the training device; a few
 batches of decoded images there; and, where the GPU decodes, what its decoders reserve for each thread.
 
@@ -9,6 +12,7 @@ Shape legend: V views (2), N samples of this rank's batch.
 import logging
 from collections import deque
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from itertools import chain
 from typing import NamedTuple
 
@@ -24,6 +28,7 @@ from pipelines.errors import DataError
 from pipelines.prefetch import prefetch
 from pipelines.sample_reader import SampleReader
 from pipelines.source import BetonSource, Source, open_source, read_image
+from pipelines.source.header import stored_size
 
 TIFF = b"II", b"MM"  # the first bytes of files that DALI misreads where they are of the rarer kinds
 
@@ -53,6 +58,7 @@ class DaliLoader(EpochLoader):
         self._graph = _graph(job, source)
         self._reader = SampleReader(source, job, self._bad)
         self._refused: set[int] = set()  # samples that PIL can read, but not DALI
+        self._has_stated_size_N = np.zeros(len(source), np.bool_)  # as far as is known
 
     def _stream(self, tasks: Iterator[Task]) -> Generator[Batch, None, None]:
         return prefetch(self._batches_of(tasks), 1, self._job.device)  # DALI prepares the others itself
@@ -112,12 +118,24 @@ class DaliLoader(EpochLoader):
                 return _InFlight(task, indices_N, params, self._graph.fed(encoded, params))
 
     def _encoded(self, index: int) -> np.ndarray:
-        """uint8: the image file, or its pixels in a format that DALI knows where it cannot read the file."""
+        """uint8: the image file, or its pixels in a format that DALI knows where it cannot read the file.
+
+        Raises `DataError` where PIL cannot either, or where the image is of another size than stated: DALI
+        would take crops that were drawn for another image.
+        """
         encoded = self._source.encoded(index)
-        if index not in self._refused and encoded[:2].tobytes() not in TIFF:
+        is_for_dali = index not in self._refused and encoded[:2].tobytes() not in TIFF
+        if is_for_dali and self._is_of_stated_size(index, encoded):
             return encoded
         image = read_image(self._source, index)
         return np.frombuffer(b"P6 %d %d 255\n" % image.size + image.tobytes(), np.uint8)
+
+    def _is_of_stated_size(self, index: int, encoded: np.ndarray) -> bool:
+        if not self._has_stated_size_N[index]:
+            (height,), (width,) = self._source.sizes(np.array([index]))
+            with suppress(Exception):  # whatever Pillow raises for a damaged file: it will again
+                self._has_stated_size_N[index] = stored_size(encoded) == (height, width)
+        return bool(self._has_stated_size_N[index])
 
     def _find_fault(self, in_flight: deque[_InFlight], failure: str) -> None:
         """Note the samples for which DALI fails. Raises `DataError` where nothing new is found."""
@@ -142,7 +160,8 @@ def _graph(job: LoaderJob, source: Source) -> Graph:
     largest_HW = (0, 0)
     if isinstance(source, BetonSource):  # others would read every file for it
         heights_N, widths_N = source.sizes(np.arange(len(source)))
-        largest_HW = int(heights_N.max()), int(widths_N.max())
+        largest = np.argmax(heights_N.astype(np.int64) * widths_N)
+        largest_HW = int(heights_N[largest]), int(widths_N[largest])
     memory = config.dali.decoder_memory
     return Graph(
         batch_size=job.batch_per_rank,

@@ -34,8 +34,8 @@ def _bind(name: str, returns: types.Type, *arguments: types.Type) -> types.Exter
         function = getattr(library, name)
     except (OSError, AttributeError) as error:
         raise DataError(
-            "The library libturbojpeg, which decodes JPEGs for the loader 'ffcv', is missing or unusable "
-            f"({error}); install it (Debian's package is libturbojpeg0) or set data.loader to folder or dali."
+            "The library libturbojpeg, which the loaders 'ffcv' and 'dali' need, is missing or unusable "
+            f"({error}); install it (Debian's package is libturbojpeg0) or set data.loader to folder."
         ) from error
     symbol = f"fastbarlow_{name}"  # not `name`: another copy of the library may be in this process
     binding.add_symbol(symbol, ctypes.cast(function, ctypes.c_void_p).value)

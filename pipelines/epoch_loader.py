@@ -132,12 +132,12 @@ class EpochLoader(ABC):
         while step < self.steps_per_epoch:
             try:
                 batch = next(self._batches)
-            except BaseException:
+                step += 1
+                self._position = (epoch, step) if step < self.steps_per_epoch else (epoch + 1, 0)
+                self._upcoming = self._position
+            except BaseException:  # Ctrl-C, too, which may come between any two lines
                 self._end_stream()
                 raise
-            step += 1
-            self._position = (epoch, step) if step < self.steps_per_epoch else (epoch + 1, 0)
-            self._upcoming = self._position
             yield batch
 
     def _end_stream(self) -> None:

@@ -12,7 +12,7 @@ from pipelines.epoch_loader import EpochLoader, LoaderJob, Task
 from pipelines.errors import DataError
 from pipelines.sample_reader import SampleReader
 from pipelines.source import Source, open_source
-from pipelines.workers import be_quiet_about_a_lost_consumer, stop_workers, taken
+from pipelines.workers import start_worker, stop_workers, taken
 
 ADVICE = "lower data.workers or train.batch_size"
 Loaded = tuple[Batch, dict[int, str]] | DataError  # a batch, and all bad samples that its worker knows
@@ -35,7 +35,7 @@ class FolderLoader(EpochLoader):
             prefetch_factor=-(-job.config.prefetch // workers) if workers else None,
             persistent_workers=workers > 0,
             pin_memory=job.device.type == "cuda",
-            worker_init_fn=be_quiet_about_a_lost_consumer,
+            worker_init_fn=start_worker,
         )
 
     def close(self) -> None:

@@ -8,7 +8,6 @@ from pipelines.batch import Loader
 from pipelines.config import DataConfig
 from pipelines.epoch_loader import LoaderJob
 from pipelines.errors import DataError
-from pipelines.threads import keep_torch_threads
 
 # Classes constructed from a `LoaderJob`; their modules, and the heavy libraries with them, load on demand.
 LOADERS = {
@@ -38,8 +37,7 @@ def build_loader(
         device = torch.device("cuda", torch.cuda.current_device())  # threads start with another one
     job = LoaderJob(config, seed, batch_size, rank, world_size, device)
     try:
-        with keep_torch_threads():
-            return resolve_name(LOADERS[config.loader])(job)
+        return resolve_name(LOADERS[config.loader])(job)
     except ModuleNotFoundError as error:
         raise DataError(
             f"The loader '{config.loader}' needs the Python package '{error.name}'; "

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from traceback import clear_frames
 from typing import Generic, TypeVar
 
 import torch
@@ -61,6 +62,9 @@ class Prefetcher(Generic[T]):
                     if not self._put(item):
                         break
         except BaseException as error:
+            # Else what the frames hold, such as DALI's threads, would live until the garbage collector finds
+            # it; in a process that was forked meanwhile, which lacks these threads, it would crash or hang.
+            clear_frames(error.__traceback__)
             end = error
         with self._changed:
             self._end = end

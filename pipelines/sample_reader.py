@@ -10,6 +10,7 @@ from pipelines.batch import Batch, ViewParams
 from pipelines.epoch_loader import LoaderJob
 from pipelines.errors import DataError
 from pipelines.source import Source, read_image
+from pipelines.source.base import MAX_PIXELS
 
 
 class SampleReader:
@@ -23,11 +24,9 @@ class SampleReader:
         while True:
             indices_N = self._bad.stand_ins(indices_N)
             try:
-                sizes = self._source.sizes(indices_N)
+                sizes = self._sizes(indices_N)
             except DataError:
-                if not self._bad.find(
-                    lambda index: self._source.sizes(np.array([index])), indices_N.tolist()
-                ):
+                if not self._bad.find(lambda index: self._sizes(np.array([index])), indices_N.tolist()):
                     raise
             else:
                 return indices_N, self._job.draw(epoch, indices_N, *sizes)
@@ -49,5 +48,13 @@ class SampleReader:
         labels_N = torch.from_numpy(self._source.labels(indices_N))
         return Batch(views_VNHWC, params, labels_N, torch.from_numpy(indices_N))
 
-    def _size(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._source.sizes(np.array([index]))
+    def _sizes(self, indices_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Raises `DataError` as the source does, and where PIL would refuse what other decoders might not."""
+        heights_K, widths_K = self._source.sizes(indices_K)
+        too_large_K = heights_K.astype(np.int64) * widths_K > MAX_PIXELS
+        if too_large_K.any():
+            raise DataError(
+                f"The image {self._source.name(int(indices_K[too_large_K.argmax()]))} has more than "
+                f"{MAX_PIXELS:,} pixels; make it smaller or remove it, and convert the images again."
+            )
+        return heights_K, widths_K

@@ -1,5 +1,6 @@
 """What the worker processes of torch's `DataLoader` need wherever they are used."""
 
+import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +16,19 @@ LOST_WORKER = RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFErr
 _TORCHS_OWN = "DataLoader worker"  # begins the `RuntimeError` that torch raises at the death of a worker
 
 
-def be_quiet_about_a_lost_consumer(worker_id: int) -> None:
-    """For `worker_init_fn`: print no traceback where the consumer leaves while a batch is handed over.
+def start_worker(worker_id: int) -> None:
+    """For `worker_init_fn`.
 
-    That is how Ctrl-C ends a run; the thread that hands over reports through `sys.excepthook`.
+    1. Leave alone what the main process has: its garbage, once collected here, would wait for threads that a
+       fork does not bring along, such as DALI's.
+    2. Print no traceback where the consumer leaves while a batch is handed over, which is how Ctrl-C ends a
+       run; the thread that hands over reports through `sys.excepthook`.
     """
+    gc.freeze()  # 1
+    _be_quiet_about_a_lost_consumer()  # 2
+
+
+def _be_quiet_about_a_lost_consumer() -> None:
     report = sys.excepthook
 
     def report_others(

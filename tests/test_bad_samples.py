@@ -67,11 +67,26 @@ def test_too_many_bad_samples_stop_the_run(count: int, allowed: int) -> None:
     for index in range(allowed):
         register.report(index, DataError(f"Image {index} is bad."))
         register.report(index, DataError(f"Image {index} is bad."))  # counts once
-    with pytest.raises(DataError, match=rf"{allowed + 1} of the dataset's {count} images .*Image {allowed}"):
-        register.report(allowed, DataError(f"Image {allowed} is bad."))
+    expected = rf"{allowed + 1} of the dataset's {count} images .*Image {allowed}"
+    for _ in range(2):  # and stop it again where it is started again
+        with pytest.raises(DataError, match=expected):
+            register.report(allowed, DataError(f"Image {allowed} is bad."))
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(180)
+def test_dataset_without_a_readable_image_stops_every_time(tmp_path: Path) -> None:
+    """There is none to look for as a stand-in."""
+    (tmp_path / "c").mkdir()
+    for number in range(3):
+        (tmp_path / "c" / f"{number}.jpg").write_bytes(b"no image")
+    config = DataConfig(path=tmp_path, loader="folder", workers=0)
+    with closing(build_loader(config, seed=SEED, batch_size=2)) as loader:
+        for _ in range(3):
+            with pytest.raises(DataError, match=r"3 of the dataset's 3 images cannot be read"):
+                list(loader.epoch(0))
+
+
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", ["folder", "dali"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_loader_replaces_bad_files_by_the_same_others(
@@ -114,7 +129,7 @@ def same_sample_twice(batches: list[Batch], index: int) -> list[tuple[Batch, int
     return found
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("name", ["folder", "dali"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_run_stops_at_a_bad_file_where_it_is_told_to(name: str, fault: str, images: Path) -> None:
@@ -123,6 +138,21 @@ def test_run_stops_at_a_bad_file_where_it_is_told_to(name: str, fault: str, imag
         with pytest.raises(DataError, match=r"ant/21\.jpg cannot be read") as caught:
             list(loader.epoch(0))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_image_that_pil_would_find_too_large_is_a_bad_sample(
+    name: str, beton: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other decoders would take it, and any amount of memory for it."""
+    heights_N, widths_N = open_source(beton).sizes(np.arange(24))
+    pixels_N = heights_N * widths_N
+    monkeypatch.setattr("pipelines.sample_reader.MAX_PIXELS", np.sort(pixels_N)[-2])
+    with closing(build(beton, name)) as loader:
+        batches = list(loader.epoch(0))
+    assert list(loader.bad_samples) == [pixels_N.argmax()]
+    assert "pixels; make it smaller" in loader.bad_samples[pixels_N.argmax()]
+    assert all(pixels_N.argmax() not in batch.indices_N for batch in batches)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")

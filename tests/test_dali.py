@@ -1,5 +1,7 @@
 """The loader `dali`: PIL's pixels from every kind of file, whatever DALI makes of it."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from contextlib import closing
 from io import BytesIO
@@ -99,7 +101,7 @@ def files(tmp_path) -> Path:
     return tmp_path / "files"
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("prefetch", [1, 3])
 def test_files_of_every_kind_give_pils_pixels(files, prefetch, caplog):
     """Those that DALI refuses, too; each is named once."""
@@ -109,7 +111,7 @@ def test_files_of_every_kind_give_pils_pixels(files, prefetch, caplog):
     assert len(warnings) == 2 and all("gif.png" in warning for warning in warnings)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(180)
 def test_nothing_is_lost_where_bad_and_refused_images_mix(files):
     """Nor doubled: every batch is that of the folder loader, which replaces bad samples one by one."""
     whole = BytesIO()
@@ -124,7 +126,7 @@ def test_nothing_is_lost_where_bad_and_refused_images_mix(files):
         assert len(ours.bad_samples) == 3
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(180)
 def test_file_that_vanishes_is_replaced_or_stops_the_run(files):
     sound = batches_of(files, "folder", workers=0)
     with closing(build(files)) as loader, closing(build(files, on_bad_sample="stop")) as strict:
@@ -139,12 +141,34 @@ def test_file_that_vanishes_is_replaced_or_stops_the_run(files):
                 list(strict.epoch(epoch))
 
 
+@pytest.mark.timeout(180)
+def test_pipeline_ends_with_the_run_that_a_bad_file_stops(files, monkeypatch):
+    """Its threads, too; and a process that is forked later does not inherit what would need them."""
+    pipelines, build_graph = [], Graph.build
+
+    def record(graph: Graph, feed: Callable) -> object:
+        pipelines.append(weakref.ref(pipeline := build_graph(graph, feed)))
+        return pipeline
+
+    monkeypatch.setattr(Graph, "build", record)
+    (files / "all" / "rgb.bmp").write_bytes(b"")
+    gc.disable()
+    try:
+        expected = pytest.raises(DataError, match=r"rgb\.bmp cannot be read")
+        with closing(build(files, on_bad_sample="stop")) as loader, expected:
+            for epoch in (0, 1):
+                list(loader.epoch(epoch))
+        assert pipelines and all(pipeline() is None for pipeline in pipelines)
+    finally:
+        gc.enable()
+
+
 class BrokenPipeline:
     def run(self, stream: object) -> tuple:
         raise RuntimeError("Error in operator x, encountered:\n\nout of everything\nC++ context: y")
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("failing", [[], [0], [0, 1]])
 def test_dali_that_always_fails_ends_in_one_sentence(failing, beton, monkeypatch):
     """Whether it fails for single samples as well, or for none."""
@@ -170,6 +194,18 @@ def test_own_distortions_come_close_to_the_paper_and_are_normalised(beton):
             off_without.append((plain_VNCHW[v, n] - exact_CHW).abs().mean())
     assert np.mean(off) < 0.2
     assert np.mean(off_without) > 0.4
+
+
+def test_normalising_copies_nothing_to_the_device_after_the_first_time(beton, monkeypatch):
+    """A copy from ordinary memory makes the host wait for the GPU in every step."""
+    config = DataConfig(path=beton, loader="dali", augment={"implementation": "dali"}).augment
+    views_VNHWC = torch.randint(256, (2, 3, 5, 5, 3), dtype=torch.uint8)
+    first_VNCHW = distort(views_VNHWC, None, config, torch.float32)
+    mean_C, std_C = torch.tensor(config.mean), torch.tensor(config.std)
+    expected_VNHWC = (views_VNHWC / 255 - mean_C) / std_C
+    torch.testing.assert_close(first_VNCHW.permute(0, 1, 3, 4, 2), expected_VNHWC)
+    monkeypatch.delattr(torch, "tensor")
+    assert torch.equal(distort(views_VNHWC, None, config, torch.float32), first_VNCHW)
 
 
 def test_gpu_decoder_asks_for_a_gpu(beton):

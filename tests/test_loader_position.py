@@ -128,7 +128,7 @@ def test_next_epoch_loads_while_the_last_batch_is_trained_on(
         assert begun.count((0, 1)) == 2  # another place: a new stream
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", REAL)
 def test_memory_stays_flat_over_20_epochs(name: str, beton: Path) -> None:
     """An epoch is 3.7 MB of pixels: 15 epochs of leaked batches would be 55 MB."""

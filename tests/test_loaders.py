@@ -189,7 +189,7 @@ def with_bad_image(beton: Path, target: Path, fault: str) -> Path:
     return replace_image(beton, target, 13, encoded)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("name", REAL)
 @pytest.mark.parametrize("fault", ["truncated", "no image"])
 def test_bad_image_in_a_beton_is_named(name, fault, beton, tmp_path):
@@ -201,7 +201,7 @@ def test_bad_image_in_a_beton_is_named(name, fault, beton, tmp_path):
     loader.close()
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("name", REAL)
 @pytest.mark.parametrize("fault", ["truncated", "no image"])
 def test_bad_image_in_a_beton_is_replaced_by_the_next_one(name, fault, beton, tmp_path):
@@ -220,6 +220,22 @@ def test_bad_image_in_a_beton_is_replaced_by_the_next_one(name, fault, beton, tm
                     assert torch.equal(stand_in[1], theirs[1])
                     assert difference(stand_in[0][:, None], theirs[0][:, None]).max() == 0
         assert list(ours.bad_samples) == [13]
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("factor", [0.5, 1.5])
+def test_image_of_another_size_than_stated_is_replaced_at_once(name, factor, beton, tmp_path):
+    """Also where the crops of one epoch happen to lie inside it."""
+    image = read_image(open_source(beton), 13)
+    encoded = BytesIO()
+    image.resize((int(factor * image.width), int(factor * image.height))).save(encoded, "JPEG")
+    other = replace_image(beton, tmp_path / "other.beton", 13, encoded.getvalue())
+    with closing(build(other, name)) as loader:
+        for epoch in range(2):
+            assert all(13 not in batch.indices_N for batch in loader.epoch(epoch))
+        assert list(loader.bad_samples) == [13]
+        assert "as stated" in loader.bad_samples[13]
 
 
 def sample_of(batch: Batch, index: int) -> tuple[torch.Tensor, torch.Tensor]:

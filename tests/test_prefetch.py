@@ -68,6 +68,30 @@ def test_close_ends_the_generator_and_the_thread(taken: int) -> None:
     assert ended.is_set() or items.gi_frame is None  # never begun, or ended where it stood
 
 
+def test_what_a_failed_generator_held_goes_at_once() -> None:
+    """Not when the garbage collector comes, which may be in a process that was forked meanwhile."""
+    held: list[weakref.ref] = []
+
+    class Threads:
+        pass
+
+    def failing() -> Iterator[int]:
+        threads = Threads()
+        held.append(weakref.ref(threads))
+        yield 1
+        raise ValueError("bad")
+
+    gc.disable()
+    try:
+        ahead = Prefetcher(failing(), depth=1)
+        with pytest.raises(ValueError, match="bad"):
+            list(ahead)
+        ahead.close()
+        assert held[0]() is None
+    finally:
+        gc.enable()
+
+
 def test_closed_prefetcher_is_not_kept_alive() -> None:
     ahead = Prefetcher(numbers(10, []), depth=2)
     next(ahead)

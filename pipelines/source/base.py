@@ -15,9 +15,8 @@ from PIL import Image, UnidentifiedImageError
 from pipelines.errors import DataError
 
 MAX_LABEL = 1 << 20
-# Pillow warns of images with more pixels, and refuses those with twice as many: 20,000 x 20,000. Its own
-# limit would refuse panoramas that people do have.
-Image.MAX_IMAGE_PIXELS = 200_000_000
+MAX_PIXELS = 400_000_000  # of an image: 20,000 x 20,000, since there are panoramas of 20,000 x 9,000
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # with more Pillow warns, with twice as many it refuses
 
 
 class Source(ABC):

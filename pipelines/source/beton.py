@@ -52,8 +52,8 @@ class BetonSource(Source):
 
     A file that is deleted or replaced by another stays readable. One that is made shorter while it is mapped
     does not: the system ends a process that touches what is no longer there (SIGBUS). So `stored`, `pixels`
-    and `encoded` look at its present length first, and raise `DataError`; what is left is the moment between
-    that and the touch.
+    and `encoded` look at its present length first, and raise `DataError`; what is left is the time between
+    that and the touch: a moment, and with DALI the few batches that it is fed ahead.
     """
 
     def __init__(self, path: Path) -> None:

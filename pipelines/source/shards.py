@@ -10,24 +10,21 @@ import os
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from pipelines.errors import DataError
 from pipelines.order import WINDOW
 from pipelines.source.base import Source, read_manifest, unreadable, wrong_number_of_images
 from pipelines.source.folder import is_image_name
+from pipelines.source.header import START_BYTES, jpeg_size, stored_size
 
 # Of images that lie in a row. To read as much takes about as long as a disk's or a network's pause before.
 GROUP_BYTES = 4 << 20
 _MANIFEST = "manifest.json"
-_START_BYTES = 4096  # of most JPEG files, enough to find the size
 _UNKNOWN = -1
-_FRAME_MARKERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 
 
 def holds_shards(folder: Path) -> bool:
@@ -102,8 +99,8 @@ class ShardSource(Source):
 
     def sizes(self, indices_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         unknown = indices_K[self._sizes_N2[indices_K, 0] == 0]
-        for index, start in self._read(unknown, self._start_N, np.minimum(self._num_bytes_N, _START_BYTES)):
-            self._sizes_N2[index] = _jpeg_size(start) or self._size_by_pillow(index)
+        for index, start in self._read(unknown, self._start_N, np.minimum(self._num_bytes_N, START_BYTES)):
+            self._sizes_N2[index] = jpeg_size(start) or self._size_in_whole_file(index)
         heights_K, widths_K = self._sizes_N2[indices_K].T
         return heights_K, widths_K
 
@@ -163,11 +160,10 @@ class ShardSource(Source):
         except OSError as error:
             raise unreadable(self.name(index), error) from error
 
-    def _size_by_pillow(self, index: int) -> tuple[int, int]:
+    def _size_in_whole_file(self, index: int) -> tuple[int, int]:
         encoded = self.encoded(index)
         try:
-            with Image.open(BytesIO(encoded)) as image:
-                return image.height, image.width
+            return stored_size(encoded)
         except Exception as error:  # Pillow's format plug-ins raise many kinds for damaged files
             raise unreadable(self.name(index), error) from error
 
@@ -227,17 +223,3 @@ def _read_index(tar: Path, is_labelled: bool) -> _Index:
         ) from error
     nothing_N = np.zeros(num_samples, np.int64)
     return _Index(tar, *columns, *[nothing_N] * (4 - len(columns)))
-
-
-def _jpeg_size(start: bytes) -> tuple[int, int] | None:
-    """Height and width from the first bytes of a JPEG file, in a thirtieth of Pillow's time.
-
-    None where they do not hold a frame header (ITU-T T.81, B.2.2).
-    """
-    position = 2
-    while position + 9 <= len(start) and start[position] == 0xFF:
-        if start[position + 1] in _FRAME_MARKERS:
-            height, width = start[position + 5 : position + 7], start[position + 7 : position + 9]
-            return (int.from_bytes(height), int.from_bytes(width)) if any(height) and any(width) else None
-        position += 2 + int.from_bytes(start[position + 2 : position + 4])
-    return None

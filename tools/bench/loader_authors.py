@@ -22,7 +22,7 @@ from torchvision.transforms import Compose, InterpolationMode, RandomResizedCrop
 from pipelines.config import AugmentConfig
 from pipelines.errors import DataError
 from pipelines.source import FolderSource, Source
-from pipelines.workers import LOST_WORKER, be_quiet_about_a_lost_consumer, stop_workers
+from pipelines.workers import LOST_WORKER, start_worker, stop_workers
 from tools.bench.augment_peers import authors_transform
 from tools.bench.loader_measure import Contender, Setting
 
@@ -100,7 +100,7 @@ def _stream(folder: Path, setting: Setting) -> Iterator[Iterator[Views]]:
         num_workers=setting.workers,
         prefetch_factor=PREFETCH,
         pin_memory=setting.device.type == "cuda",
-        worker_init_fn=be_quiet_about_a_lost_consumer,
+        worker_init_fn=start_worker,
     )
     batches = iter(loader)
     try:
