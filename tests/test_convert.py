@@ -267,6 +267,14 @@ def test_bad_images_are_left_out_with_a_reason(folder: Path, tmp_path: Path) -> 
     assert manifest.share_left_out == 5 / 12
 
 
+def test_huge_file_is_left_out_without_taking_memory(folder: Path, tmp_path: Path) -> None:
+    with (folder / "a" / "huge.jpg").open("wb") as file:
+        file.truncate(1 << 40)  # a hole
+    manifest = convert(folder, tmp_path / "x.beton", workers=1)
+    ((name, reason),) = [(entry.file, entry.reason) for entry in manifest.left_out]
+    assert (name, reason) == ("a/huge.jpg", "cannot be read: 1099511627776 bytes are more than 1073741824")
+
+
 def test_extreme_sizes_are_stored(tmp_path: Path) -> None:
     (tmp_path / "images" / "a").mkdir(parents=True)
     Image.new("RGB", (1, 1), (10, 200, 30)).save(tmp_path / "images" / "a" / "0.jpg")
@@ -421,6 +429,18 @@ def test_folder_that_fills_during_the_conversion_is_not_replaced(folder: Path, t
     assert contents(target) == {"thesis.txt": b"years"}
     (target / "thesis.txt").unlink()
     assert convert(folder, target, workers=1).images == 7
+
+
+def test_link_to_the_target_stays(folder: Path, tmp_path: Path) -> None:
+    """The dataset belongs where the link leads, perhaps to another disk."""
+    target, link = tmp_path / "disk" / "x", tmp_path / "x"
+    link.symlink_to(target)
+    for shards in (2, 3):  # not there at first, then replaced
+        convert(folder, link, workers=1, shards=shards)
+        assert link.readlink() == target
+        assert len(list(target.glob("*.tar"))) == shards
+        assert [path.name for path in target.parent.iterdir()] == ["x"]
+        assert {path.name for path in tmp_path.iterdir()} == {"disk", "images", "x"}
 
 
 def test_what_is_read_is_never_replaced(folder: Path, tmp_path: Path) -> None:

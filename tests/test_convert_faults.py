@@ -8,6 +8,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,25 +183,26 @@ def test_power_cut_costs_what_was_not_flushed(
 def test_sigkill_in_the_middle(images: Path, expected: dict, tmp_path: Path) -> None:
     """Of both kinds of dataset at a time, in another process."""
     script = f"""
-import threading, time
+import sys, threading, time
 from pathlib import Path
 import tools.convert.blocks, tools.convert.pool
 from tools.convert import convert
-from tools.convert.images import prepare
 from tools.convert.manifest import ConvertSettings
+from tools.convert.pool import prepare_entries
 
-def slow(*args):
-    time.sleep(0.02)
-    return prepare(*args)
+def stop_in_the_middle(*args):
+    if args[-1].start >= 70:
+        time.sleep(1000)
+    return prepare_entries(*args)
 
 tools.convert.blocks.ENTRIES = {BLOCK}
 tools.convert.pool.CHUNK = 4
-tools.convert.pool.prepare = slow
+sys.modules["tools.convert.convert"].prepare_entries = stop_in_the_middle
 for name, shards in (("x.beton", None), ("x", 3)):
     options = dict(settings=ConvertSettings(max_side=48), shards=shards, workers=1)
     arguments = Path({str(images)!r}), Path({str(tmp_path)!r}) / name
     threading.Thread(target=convert, args=arguments, kwargs=options).start()
-time.sleep(100)
+time.sleep(1000)
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     child = subprocess.Popen([sys.executable, "-c", script], env=environment)
@@ -446,6 +448,28 @@ def test_shards_are_replaced_in_one_step(
     check_complete(target, expected)
 
 
+def test_older_shards_are_not_taken_for_the_new_ones(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a kill they are where the new ones were made, and their last shard is the same."""
+    monkeypatch.setattr("tools.convert.recorder.FLUSH_BYTES", 1)
+    (tmp_path / "1").mkdir()
+    (tmp_path / "2").mkdir()
+    if not _exchange(tmp_path / "1", tmp_path / "2"):
+        pytest.skip("the system here cannot exchange names")
+    root, target = tmp_path / "images", tmp_path / "x"
+    shutil.copytree(images, root)
+    run(root, target)
+    shutil.copyfile(root / "b" / "070.jpg", root / "a" / "003.jpg")
+    with killed_before(monkeypatch, "rename", tmp_path / ".x.old"):
+        run(root, target)
+    new = contents(target)
+    run(root, target)
+    assert contents(target) == new
+    verify(target)
+    assert hidden(target) == []
+
+
 @pytest.mark.parametrize(("number", "words"), [(errno.EINVAL, None), (errno.EACCES, "Permission denied")])
 def test_only_a_system_that_cannot_exchange_names_goes_without(
     number: int,
@@ -631,35 +655,40 @@ def test_ctrl_c_says_that_the_same_command_goes_on(
 def test_impatient_ctrl_c_is_as_good_as_one(name: str, images: Path, expected: dict, tmp_path: Path) -> None:
     """Pressed again and again while the blocks in work are recorded."""
     script = f"""
-import signal, sys, time
+import signal, time
+from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
 import tools.convert.blocks, tools.convert.pool
 from tools.cli import app
 from tools.convert.recorder import RunningChecksum
 
-add = RunningChecksum.add
+add, calls = RunningChecksum.add, []
 
-def slow(*args):
-    time.sleep(0.3)
+def wait_after_two(*args):
+    calls.append(args)
+    if len(calls) == 3:
+        Path({str(tmp_path / "waits")!r}).touch()
+        while not Path({str(tmp_path / "go on")!r}).exists():
+            time.sleep(0.01)
     return add(*args)
 
 tools.convert.blocks.ENTRIES = {BLOCK}
 tools.convert.pool.CHUNK = 4
-RunningChecksum.add = slow
+RunningChecksum.add = wait_after_two
 app({["convert", str(images), str(tmp_path / name), "--max-side", "48", "--workers", "2"]!r}
     + {["--shards", "3"] if name == "x" else []!r})
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     child = subprocess.Popen([sys.executable, "-c", script], env=environment, **pipes)
-    journal = tmp_path / f".{name}.journal"
-    while not (journal.exists() and journal.read_bytes().count(b"\n") > 2):
+    while not (tmp_path / "waits").exists():
         assert child.poll() is None
         time.sleep(0.01)
     for _ in range(10):
         child.send_signal(signal.SIGINT)
         time.sleep(0.02)
-    _, errors = child.communicate(timeout=30)
+    (tmp_path / "go on").touch()
+    _, errors = child.communicate()
     assert child.returncode == 130
     assert errors.splitlines() == ["Interrupted; the same command goes on where it stopped."]
     done = journaled(tmp_path / name)

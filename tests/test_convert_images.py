@@ -272,7 +272,12 @@ DAMAGES = {
     "no frame": (lambda data: data.replace(frame(data), b""), "before the frame header"),
     "two frames": (lambda data: data.replace(frame(data), 2 * frame(data)), "a wrong frame header"),
     "Huffman table": (lambda data: after(data, b"\xff\xc4", 5, b"\xff"), "a wrong Huffman table"),
+    "Huffman symbol": (lambda data: after(data, b"\xff\xc4", 21, b"\x77"), "a wrong Huffman table"),
     "quantisation": (lambda data: after(data, b"\xff\xdb", 4, b"\x33"), "a wrong quantisation table"),
+    "no table": (lambda data: after(data, b"\xff\xc0", 12, b"\3"), "do not decode without errors"),
+    "no Huffman table": (lambda data: after(data, b"\xff\xda", 6, b"\x22"), "do not decode without errors"),
+    "no component": (lambda data: after(data, b"\xff\xda", 5, b"\x77"), "do not decode without errors"),
+    "scan header": (lambda data: after(data, b"\xff\xda", 4, b"\5"), "do not decode without errors"),
 }
 
 

@@ -92,6 +92,12 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     assert images.size(3) == 0
     with pytest.raises(FileNotFoundError):
         images.read(3)
+    (root / "b" / "itself.jpg").symlink_to("itself.jpg")
+    (root / "itself").symlink_to("itself")
+    images = open_image_set(root)
+    assert (images.name(4), images.classes) == ("b/itself.jpg", ["a", "b", "c"])
+    with pytest.raises(OSError, match="Too many levels"):
+        images.read(4)
     (root / "b" / "up").symlink_to(root)
     with pytest.raises(DataError, match="leads back to a folder above it"):
         open_image_set(root)
@@ -203,7 +209,22 @@ def test_sizes_beyond_octal_digits_are_read(tmp_path: Path) -> None:
         header = info.tobuf(tar_format)
         path.write_bytes(header)
         os.truncate(path, len(header) + info.size)
-        assert open_image_set(path).size(0) == info.size
+        images = open_image_set(path)
+        assert images.entries_N["size"].tolist() == [info.size]
+        assert images.size(0) == 0  # so that nobody takes memory for it
+        with pytest.raises(OSError, match="9663676416 bytes are more than 1073741824"):
+            images.read(0)
+
+
+def test_name_ends_before_a_zero_byte(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name in ("0.jpg", "1.jpg"):
+            info = tarfile.TarInfo(name)
+            info.pax_headers = {"path": f"{name}\0.jpg"}
+            tar.addfile(info)
+    images = open_image_set(path)
+    assert [images.name(i) for i in range(len(images))] == ["0.jpg", "1.jpg"]
 
 
 @pytest.mark.parametrize("cut", [100, 700, 1500])

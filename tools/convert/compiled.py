@@ -37,6 +37,11 @@ _SEGMENTS = _FRAMES | {_SOS, _DQT, _DHT, 0xCC, 0xDC, 0xDD, 0xFE, *range(_APP0, _
 _IS_FRAME = np.isin(np.arange(256), list(_FRAMES))
 _IS_SEGMENT = np.isin(np.arange(256), list(_SEGMENTS))
 _JFIF, _ADOBE = tuple(b"JFIF\0"), tuple(b"Adobe")
+_PROGRESSIVE = 0xC2  # this frame and those below are Huffman coded
+# Bits for the tables 0 to 3 of each kind.
+_QUANTISATION_TABLE, _DC_TABLE, _AC_TABLE = 1 << 0, 1 << 4, 1 << 8
+_NO_TABLE = 12  # the number of a bit that is never set
+_MAX_DC_SYMBOL = 16  # bits of a difference
 _ZEROS = 64  # in coded pixels, only a flat area or a lost block of the file has so many in a row
 
 _OPEN_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # not waiting for the other end of a pipe
@@ -118,8 +123,8 @@ def check_jpegs(data: np.ndarray, size: np.ndarray, is_wanted: np.ndarray, found
 def _check(data: np.ndarray, found: np.ndarray) -> None:
     """Of one file: data (B,), found (COLUMNS,)."""
     end = len(data)
-    frame = first_scan = 0
-    transform, has_jfif = -1, False
+    frame = first_scan = tables = 0
+    transform, has_jfif, has_tables = -1, False, True
     if end < 2 or data[0] != 0xFF or data[1] != _SOI:
         found[FAULT] = NOT_A_JPEG
         return
@@ -153,13 +158,17 @@ def _check(data: np.ndarray, found: np.ndarray) -> None:
             found[HEIGHT], found[WIDTH] = _number(segment, 1), _number(segment, 3)
             found[DETAIL] = marker
         elif marker == _DHT:
-            if not _is_huffman(segment):
+            defined = _huffman_tables(segment)
+            if defined < 0:
                 found[FAULT] = WRONG_HUFFMAN
                 return
+            tables |= defined
         elif marker == _DQT:
-            if not _is_quantisation(segment):
+            defined = _quantisation_tables(segment)
+            if defined < 0:
                 found[FAULT] = WRONG_QUANTISATION
                 return
+            tables |= defined
         elif marker == _APP0:
             has_jfif = has_jfif or _starts_with(segment, _JFIF)
         elif marker == _APP14 and len(segment) >= 12 and _starts_with(segment, _ADOBE):
@@ -169,6 +178,8 @@ def _check(data: np.ndarray, found: np.ndarray) -> None:
             if not frame:
                 found[FAULT] = NO_FRAME
                 return
+            is_progressive = found[DETAIL] == _PROGRESSIVE
+            has_tables = has_tables and _has_tables(segment, data[frame:], is_progressive, tables)
             first_scan = first_scan or position
             position = _next_marker(data, position)
             if position < 0:
@@ -180,9 +191,9 @@ def _check(data: np.ndarray, found: np.ndarray) -> None:
     if not found[HEIGHT] or not found[WIDTH]:
         found[FAULT] = NO_SIZE
         return
-    is_huffman_coded = found[DETAIL] <= 0xC2  # baseline, extended, progressive
+    is_huffman_coded = found[DETAIL] <= _PROGRESSIVE
     found[IS_PLAIN] = is_huffman_coded and data[frame] == 8 and _is_usual(data[frame:], transform, has_jfif)
-    found[IS_SUSPICIOUS] = _has_zeros(data[first_scan:position])
+    found[IS_SUSPICIOUS] = not has_tables or _has_zeros(data[first_scan:position])
     found[END] = position
 
 
@@ -240,11 +251,12 @@ def _has_zeros(data: np.ndarray) -> bool:
 
 
 @njit(nogil=True)
-def _is_huffman(segment: np.ndarray) -> bool:
-    start = 0
+def _huffman_tables(segment: np.ndarray) -> int:
+    """Bits of the tables that a segment defines, or -1."""
+    start = tables = 0
     while start < len(segment):
         if start + 17 > len(segment) or segment[start] & 0xEC:
-            return False
+            return -1
         total = room = 0
         for i in range(16):
             count = np.int64(segment[start + 1 + i])
@@ -252,19 +264,51 @@ def _is_huffman(segment: np.ndarray) -> bool:
             room += count << (15 - i)
         # Kraft's inequality: no more codes of each length than there is room for.
         if start + 17 + total > len(segment) or total > 256 or room > 1 << 16:
-            return False
+            return -1
+        is_dc = segment[start] < 16
+        if is_dc:
+            for i in range(start + 17, start + 17 + total):
+                if segment[i] > _MAX_DC_SYMBOL:
+                    return -1
+        tables |= (_DC_TABLE if is_dc else _AC_TABLE) << np.int64(segment[start] & 3)
         start += 17 + total
-    return True
+    return tables
 
 
 @njit(nogil=True)
-def _is_quantisation(segment: np.ndarray) -> bool:
-    start = 0
+def _quantisation_tables(segment: np.ndarray) -> int:
+    """Bits of the tables that a segment defines, or -1."""
+    start = tables = 0
     while start < len(segment):
         size = 65 if segment[start] < 16 else 129
         if start + size > len(segment) or segment[start] & 0xEC:
-            return False
+            return -1
+        tables |= _QUANTISATION_TABLE << np.int64(segment[start] & 3)
         start += size
+    return tables
+
+
+@njit(nogil=True)
+def _has_tables(scan: np.ndarray, frame: np.ndarray, is_progressive: bool, tables: int) -> bool:
+    """Whether the frame header has the components of a scan header, and `tables` those that they need."""
+    count = np.int64(scan[0]) if len(scan) else 0
+    if not 1 <= count <= 4 or len(scan) != 4 + 2 * count:
+        return False
+    is_first, is_refined = scan[1 + 2 * count] == 0, scan[3 + 2 * count] >= 16
+    for i in range(count):
+        component, chosen = scan[1 + 2 * i], scan[2 + 2 * i]
+        needed = 0
+        for j in range(np.int64(frame[5])):
+            if frame[6 + 3 * j] == component:
+                needed = _QUANTISATION_TABLE << min(np.int64(frame[8 + 3 * j]), _NO_TABLE)
+        if not needed or chosen >= 64 or chosen & 15 >= 4:
+            return False
+        if not is_progressive or (is_first and not is_refined):
+            needed |= _DC_TABLE << np.int64(chosen >> 4)
+        if not is_progressive or not is_first:
+            needed |= _AC_TABLE << np.int64(chosen & 15)
+        if needed & ~tables:
+            return False
     return True
 
 

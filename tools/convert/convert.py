@@ -69,6 +69,8 @@ def convert(
     settings = settings or ConvertSettings()
     with _explained(target):
         _check_target(source, target, settings, shards, workers)
+        if target.suffix != ".beton":
+            target = target.resolve()  # a link stays, and leads to the dataset
         _check_apart(target, [path for path in (source, subset, ground_truth) if path is not None])
     images = open_image_set(source, ground_truth=ground_truth, subset=subset, unlabelled=unlabelled)  # 1
     with _explained(target):

@@ -60,8 +60,8 @@ def is_kept(
 def prepare(data: bytes, settings: ConvertSettings) -> Stored:
     """What to store of an image file. Any number of threads may call it; the result depends on nothing else.
 
-    1. A JPEG is checked: its structure always, and every bit where a block of the file seems to be lost or,
-       with `check="decode"`, where step 2 may keep it.
+    1. A JPEG is checked: its structure always, and every bit where a block of the file seems to be lost,
+       where a table is missing or, with `check="decode"`, where step 2 may keep it.
     2. With `storage="jpg"`, a whole JPEG that all decoders take and whose longer side is at most `max_side`
        is kept as it is, but for what follows its end marker.
     3. Anything else is decoded to RGB, at half, a quarter or an eighth of the size where the file allows and

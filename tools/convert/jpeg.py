@@ -40,7 +40,7 @@ class JpegLayout(NamedTuple):
     width: int
     is_plain: bool  # Huffman coded, 8 bit, grayscale or YCbCr with usual sampling: every decoder takes it
     end: int  # bytes, with the end marker; a file may go on after it
-    is_suspicious: bool  # may have lost a block of the file; decoding tells
+    is_suspicious: bool  # may have lost a block of the file, or lacks a table; decoding tells
 
 
 class JpegLayouts(NamedTuple):

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tools.convert.journal import Journal, Record
+from tools.convert.manifest import manifest_path
 from tools.convert.target import Written
 
 FLUSH_BYTES = 256 << 20  # of unflushed data: what a power cut may cost
@@ -128,6 +129,8 @@ def intact_records(journal: Journal, root: Path, checksum: RunningChecksum) -> i
         if any(path_of(root, file).stat().st_size < end for file, end in ends.items() if file):
             return 0
         flushed = max((i for i, record in enumerate(records) if record.is_flushed), default=0)
+        if manifest_path(root).exists():  # `publish` was under way: this may be an older dataset
+            flushed = 0
         for i, record in enumerate(records[flushed:], flushed):
             if record.file and checksum.read(record.file, record.start, record.end) != record.sha256:
                 return 0 if i == flushed else i

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipelines.errors import DataError
 from tools.convert.sources.base import ImageSet, ListedImages, is_image_name, printable
-from tools.convert.sources.folder import list_folder
+from tools.convert.sources.folder import is_folder, list_folder
 from tools.convert.sources.labels import set_ground_truth
 from tools.convert.sources.subset import keep_subset
 from tools.convert.sources.tars import is_compressed, list_archive, list_shards
@@ -78,7 +78,7 @@ def _shards_in(folder: Path) -> list[Path]:
     shards = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_dir() or is_image_name(os.fsencode(entry.name)):
+            if is_folder(entry) or is_image_name(os.fsencode(entry.name)):
                 return []
             if entry.name.endswith(".tar"):
                 shards.append(folder / entry.name)

@@ -8,7 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Sequence
-from errno import ENODATA
+from errno import EFBIG, ENODATA
 from pathlib import Path
 from typing import Protocol
 
@@ -27,7 +27,7 @@ ENTRY = np.dtype(
 UNKNOWN = -1
 NOT_A_FILE = -1
 NO_LABEL = -1
-_LONGEST_READ = 1 << 30  # bytes; one call reads less than 2 GiB
+MAX_BYTES = 1 << 30  # of a file; one call reads less than 2 GiB
 IMAGE_ENDINGS = tuple(ending.encode() for ending in IMG_EXTENSIONS)
 
 
@@ -48,10 +48,13 @@ class ImageSet(Protocol):
         """Position in `classes`; -1 without labels."""
 
     def read(self, index: int) -> bytes:
-        """The file's bytes. Any number of threads may read. Raises `OSError`, also for a missing label."""
+        """The file's bytes. Any number of threads may read.
+
+        Raises `OSError`, also for a missing label and for more than `MAX_BYTES`.
+        """
 
     def size(self, index: int) -> int:
-        """Bytes of the file; 0 where it cannot be found out."""
+        """Bytes of the file; 0 where it cannot be found out, or where they are too many to be read."""
 
     def read_together(self, entries: range, size_N: np.ndarray, out_B: np.ndarray) -> np.ndarray:
         """Read files one after the other into `out_B`, all in one call without Python's lock.
@@ -134,14 +137,17 @@ class ListedImages(ABC):
     def read(self, index: int) -> bytes:
         if self.classes and self.entries_N["label"][index] == NO_LABEL:
             raise OSError(ENODATA, "the image has no label")
+        if self.entries_N["size"][index] > MAX_BYTES:
+            raise OSError(EFBIG, f"{self.entries_N['size'][index]} bytes are more than {MAX_BYTES}")
         return self._read(index)
 
     def size(self, index: int) -> int:
-        return max(0, int(self.entries_N["size"][index]))
+        size = int(self.entries_N["size"][index])
+        return size if 0 <= size <= MAX_BYTES else 0
 
     def read_together(self, entries: range, size_N: np.ndarray, out_B: np.ndarray) -> np.ndarray:
         is_read_N = np.zeros(len(entries), bool)
-        is_readable_N = (size_N > 0) & (size_N <= _LONGEST_READ)
+        is_readable_N = size_N > 0
         if self.classes:
             is_readable_N &= self.entries_N["label"][entries.start : entries.stop] != NO_LABEL
         self._read_together(entries, size_N, is_readable_N, out_B, is_read_N)

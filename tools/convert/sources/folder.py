@@ -3,7 +3,7 @@
 import os
 import stat
 from array import array
-from errno import EINVAL
+from errno import EINVAL, ELOOP
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,9 @@ class FolderImages(ListedImages):
         self._changed = array("q")  # what `_changes` has found
 
     def size(self, index: int) -> int:
-        sizes_N = self.entries_N["size"]
-        if sizes_N[index] == UNKNOWN:
+        if self.entries_N["size"][index] == UNKNOWN:
             self._look_at(index)
-        return int(sizes_N[index])
+        return super().size(index)
 
     def fingerprint(self) -> str:
         self._changes()  # looks at all files
@@ -85,7 +84,7 @@ def list_folder(path: Path, *, unlabelled: bool) -> FolderImages:
     classes, has_images = [], False
     with os.scandir(path) as found:
         for entry in found:
-            if entry.is_dir():
+            if is_folder(entry):
                 classes.append(entry.name)
             else:
                 has_images = has_images or is_image_name(os.fsencode(entry.name))
@@ -126,6 +125,16 @@ def list_folder(path: Path, *, unlabelled: bool) -> FolderImages:
     )
 
 
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Links are followed; one that leads to itself is no folder. Raises `OSError`."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == ELOOP:
+            return False
+        raise
+
+
 def refuse_parts(classes: list[str], path: Path) -> None:
     """Raise `DataError` where what look like classes are the parts of a data set."""
     if classes and {name.lower() for name in classes} <= PARTS:
@@ -150,7 +159,7 @@ def _files_below(root: str, top: str) -> tuple[dict[str, bytes], int]:
         with os.scandir(f"{root}/{folder}" if folder else root) as entries:
             for entry in entries:
                 inner = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.is_dir():
+                if is_folder(entry):
                     inner_identity = _identity(entry.path)
                     if inner_identity in (identity, *above):
                         raise DataError(

@@ -70,7 +70,8 @@ def members(descriptor: int, archive: str, start: int = 0, end: int | None = Non
                 long_path = content.partition(b"\0")[0]
             elif kind == b"x":
                 records = _pax_records(content, archive)
-                long_path = records.get(b"path", long_path)
+                if b"path" in records:
+                    long_path = records[b"path"].partition(b"\0")[0]
                 long_size = _decimal(records[b"size"], archive) if b"size" in records else None
             continue
         path = _short_path(header) if long_path is None else long_path
