@@ -1,5 +1,6 @@
 """Settings of the evaluations on frozen features."""
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -41,9 +42,29 @@ class LinearConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
 
 
+class OnlineConfig(Section):
+    """What is evaluated during training, where the dataset has labels; the network learns nothing from it."""
+
+    probe: bool = Field(True, description="A linear classifier that learns from the features of each step.")
+    probe_lr: Annotated[float, Field(gt=0)] = 3.0
+    knn_every_epochs: Annotated[int, Field(ge=0)] = Field(
+        10, description="How often neighbours classify held-out images; 0 for never."
+    )
+    knn_bank: Annotated[int, Field(ge=1)] = Field(
+        10_000, description="Training images among which neighbours are sought; at most a fifth of them."
+    )
+    knn_queries: Annotated[int, Field(ge=1)] = Field(
+        2_000, description="Images to classify; at most a twentieth of the number of training images."
+    )
+    test_path: Path | None = Field(
+        None, description="Dataset to take these from; not set: training images outside the bank."
+    )
+
+
 class EvalConfig(Section):
     """All evaluations of a run."""
 
     features: FeaturesConfig = FeaturesConfig()
     knn: KnnConfig = KnnConfig()
     linear: LinearConfig = LinearConfig()
+    online: OnlineConfig = OnlineConfig()

@@ -16,7 +16,7 @@ from model.errors import ModelError
 from model.weights import IMAGENET, Normalisation
 from pipelines.errors import DataError
 from pipelines.source import Source, read_image
-from pipelines.workers import be_quiet_about_a_lost_consumer, deaths_explained, stop_workers, taken
+from pipelines.workers import deaths_explained, start_worker, stop_workers, taken
 
 Progress = Callable[[int, int], None]  # images done, images in all
 
@@ -42,14 +42,13 @@ def extract_features(
     device = torch.device(device)
     backbone.to(device, memory_format=torch.channels_last).eval()
     loader = DataLoader(
-        _CentreCrops(source, config),
+        CentreCrops(source, config),
         batch_size=config.batch_size,
         num_workers=config.workers,
         collate_fn=_stack,
         pin_memory=device.type == "cuda",
-        worker_init_fn=be_quiet_about_a_lost_consumer,
+        worker_init_fn=start_worker,
     )
-    mean_C11, std_C11 = (torch.tensor(values, device=device).view(-1, 1, 1) for values in normalisation)
     features_NF: Tensor | None = None
     done = 0
     advice = "lower eval.features.workers or eval.features.batch_size"
@@ -59,10 +58,7 @@ def extract_features(
         for crops_NCHW in taken(batches, advice):
             if isinstance(crops_NCHW, DataError):
                 raise crops_NCHW
-            with torch.inference_mode(), _autocast(device):
-                images_NCHW = crops_NCHW.to(device, non_blocking=True).float().div_(255)
-                images_NCHW = images_NCHW.sub_(mean_C11).div_(std_C11)
-                batch_NF = backbone(images_NCHW.contiguous(memory_format=torch.channels_last))
+            batch_NF = features_of_crops(backbone, crops_NCHW, device, normalisation)
             if features_NF is None:  # allocated once: joining a list would need twice the memory
                 features_NF = torch.empty(len(source), batch_NF.shape[1])
             features_NF[done : done + len(batch_NF)] = batch_NF
@@ -76,7 +72,18 @@ def extract_features(
     return features_NF, torch.from_numpy(source.labels_N.copy())
 
 
-class _CentreCrops(Dataset):
+def features_of_crops(
+    backbone: nn.Module, crops_NCHW: Tensor, device: torch.device, normalisation: Normalisation
+) -> Tensor:
+    """Features (N, F) of uint8 crops (N, C, H, W) on `device`, where the backbone is, in evaluation mode."""
+    mean_C11, std_C11 = (torch.tensor(values, device=device).view(-1, 1, 1) for values in normalisation)
+    with torch.inference_mode(), _autocast(device):
+        images_NCHW = crops_NCHW.to(device, non_blocking=True).float().div_(255)
+        images_NCHW = images_NCHW.sub_(mean_C11).div_(std_C11)
+        return backbone(images_NCHW.contiguous(memory_format=torch.channels_last))
+
+
+class CentreCrops(Dataset):
     """Sample i as the uint8 centre crop (C, H, W), or as the `DataError` that tells why there is none.
 
     Errors travel as values because a DataLoader turns a worker's exception into a page of traceback.

@@ -1,6 +1,7 @@
 """The twin network: one encoder and one projector that both views pass through.
 
-Shape legend: V views (2), N samples of this rank, C colours (3), H and W pixels, D embedding width.
+Shape legend: V views (2), N samples of this rank, M = V N, C colours (3), H and W pixels, F feature width,
+D embedding width.
 """
 
 from itertools import pairwise
@@ -46,24 +47,25 @@ class Twin(nn.Module):
         self._is_joined = config.norm != "torch"
         self._sync_bn = config.sync_bn
 
-    def forward(self, views_VNCHW: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, views_VNCHW: Tensor, with_features: bool = False) -> tuple[Tensor, ...]:
         """Embeddings of both views, (N, D) each, in the precision of the surrounding autocast.
 
+        `with_features` adds the backbone's features of the first view, (N, F), which carry no gradient.
         Views that are contiguous as channels-last, one after the other in memory, are joined without a copy.
         """
-        if not self._is_joined:
-            z_a_ND, z_b_ND = (self._embed(view_NCHW) for view_NCHW in views_VNCHW)
-            return z_a_ND, z_b_ND
-        norms = [module for module in self.modules() if isinstance(module, TwinBatchNorm)]
-        with joined_views(norms, len(views_VNCHW)):
-            z_a_ND, z_b_ND = self._embed(views_VNCHW.flatten(0, 1)).chunk(2)
-        return z_a_ND, z_b_ND
+        if self._is_joined:
+            norms = [module for module in self.modules() if isinstance(module, TwinBatchNorm)]
+            with joined_views(norms, len(views_VNCHW)):
+                features_MF = self.backbone(views_VNCHW.flatten(0, 1))
+                z_a_ND, z_b_ND = self.projector(features_MF).chunk(2)
+            features_NF, _ = features_MF.chunk(2)
+        else:
+            features_NF, features_b_NF = (self.backbone(view_NCHW) for view_NCHW in views_VNCHW)
+            z_a_ND, z_b_ND = self.projector(features_NF), self.projector(features_b_NF)
+        return (z_a_ND, z_b_ND, features_NF.detach()) if with_features else (z_a_ND, z_b_ND)
 
     def synchronise_norms(self) -> None:
         """Give the batch-norms that `model.sync_bn` names statistics over all ranks."""
         parts = {"all": [self.backbone, self.projector], "projector": [self.projector], "none": []}
         for part in parts[self._sync_bn]:
             synchronise_norms(part)
-
-    def _embed(self, images_NCHW: Tensor) -> Tensor:
-        return self.projector(self.backbone(images_NCHW))

@@ -32,6 +32,7 @@ COMMANDS = [
     ["verify"],
     ["inspect"],
     ["show-views"],
+    ["bench", "step"],
     ["pretrain"],
     ["eval"],
     ["eval", "knn"],
@@ -439,7 +440,8 @@ def test_progress_is_shown_by_rank_0_only(
 def test_progress_line_tells_speed_loss_and_time_left() -> None:
     report = StepReport(30, 200, 1, 12.345, 10.0, 460.0, 0.1, 0.01, 321.6, 0.25, 0, 60.0, 3725.4)
     assert describe_step(report) == (
-        "step 30/200  loss 12.35 (invariance 10, redundancy 460)  322 pairs/s  data wait 25%  1:02:05 left"
+        "step 30/200  loss 12.35 (invariance 10, redundancy 460)  lr 0.1  322 pairs/s  data wait 25%  "
+        "1:02:05 left"
     )
 
 

@@ -7,16 +7,20 @@ import pytest
 import torch
 
 import train.loop
+from model.config import ModelConfig
 from model.loss import BarlowLoss
 from pipelines.batch import Batch
 from train.checkpoint import load_checkpoint
 from train.config import RunConfig
 from train.errors import TrainingError
+from train.flop import model_flop, peak_flops
 from train.loop import pretrain
-from train.meter import Meter, Readback
+from train.meter import Meter, PhaseClock, Readback, Stamp
 from train.metrics import StepReport, read_metrics
+from train.probe import OnlineProbe
 from train.step import TrainStep
 
+CPU = torch.device("cpu")
 EVERY = 3  # steps between checkpoints
 
 
@@ -97,25 +101,105 @@ def test_values_are_read_from_a_gpu_without_waiting() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert later.read() == [2, 2, 2]
-    assert later.has_arrived() and 0.02 < later.seconds_since(earlier) < 20
+    assert later.has_arrived() and 0.02 < later.stamp.seconds_since(earlier.stamp) < 20
+
+
+class FakeStep:
+    """What a meter asks a step for."""
+
+    network = torch.nn.Identity()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+
+    class optimizer:  # noqa: N801
+        param_groups = ({"lr": 0.5}, {"lr": 0.25})
+
+
+def measured(meter: Meter, *steps: tuple[int, int], phases: tuple = ()) -> None:
+    """Reports asked for after (step, failed step)."""
+    loss = BarlowLoss(*torch.tensor([3.0, 1.0, 2.0]))
+    for done, failed in steps:
+        meter.measure(done, 2, loss, torch.tensor(failed), bad_samples=7, phases=list(phases))
 
 
 def test_speed_counts_the_steps_since_the_last_report() -> None:
-    class FakeStep:
-        class optimizer:  # noqa: N801
-            param_groups = ({"lr": 0.5}, {"lr": 0.25})
-
-    meter = Meter(batch_size=6, total_steps=20, start=10, device=torch.device("cpu"))
-    loss = BarlowLoss(*torch.tensor([3.0, 1.0, 2.0]))
-    for done, failed in ((11, 0), (14, 13)):
-        meter.measure(done, 2, loss, torch.tensor(failed), FakeStep, bad_samples=7)
-    meter.reported._stamp, meter.pending[0].values._stamp, meter.pending[1].values._stamp = (
-        100.0,
-        102.0,
-        105.0,
-    )
+    meter = Meter(6, 20, 10, FakeStep, CPU)
+    start = meter.since
+    measured(meter, (11, 0), (14, 13))
+    for moment, stamp in ((100.0, start), *zip((102.0, 105.0), stamps(meter), strict=True)):
+        stamp._moment = moment
     (first, none), (second, failed) = meter.reports(wait=False)
     assert (none, failed) == (0, 13)
     assert (first.pairs_per_second, first.seconds_left) == (3, 18)
     assert (second.pairs_per_second, second.seconds_left) == (6, 6)
     assert (second.loss, second.invariance, second.redundancy, second.bad_samples) == (3, 1, 2, 7)
+
+
+def stamps(meter: Meter) -> list[Stamp]:
+    return [measurement.values.stamp for measurement in meter.pending]
+
+
+def test_time_after_a_restart_is_not_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr("train.meter.time.perf_counter", lambda: next(clock))
+    meter = Meter(6, 20, 10, FakeStep, CPU)
+    measured(meter, (11, 0))
+    for _ in range(50):
+        next(clock)
+    meter.add_knn_accuracy(0.5)
+    meter.restart()
+    measured(meter, (12, 0))
+    (first, _), (second, _) = meter.reports(wait=False)
+    assert first.pairs_per_second > 0.1 and second.pairs_per_second > 0.1  # 10 s a call of the clock, not 500
+    assert (first.knn_accuracy, second.knn_accuracy) == (0.5, None)
+
+
+def test_report_holds_what_can_be_known_and_nothing_else() -> None:
+    """On the CPU, in fp32, without labels: no figure of a GPU, of a scaler, or of an evaluation."""
+    meter = Meter(6, 20, 10, FakeStep, CPU)
+    measured(meter, (11, 0))
+    ((report, _),) = meter.reports(wait=True)
+    names = {"step", "total_steps", "epoch", "loss", "invariance", "redundancy", "lr_weights", "lr_biases"}
+    names |= {"pairs_per_second", "data_wait_share", "bad_samples", "seconds", "seconds_left"}
+    assert report.record().keys() == names
+
+    class ScaledStep(FakeStep):
+        scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
+
+    ScaledStep.scaler.scale(torch.ones(1))
+    probe = OnlineProbe(3, 2, 1.0, CPU)
+    probe.right.fill_(9)
+    meter = Meter(6, 20, 10, ScaledStep, CPU, probe=probe, flop_per_pair=5e3, peak_flops=1e5)
+    clock = PhaseClock(CPU)
+    clock.mark("never asked for")
+    clock.start()
+    for phase in ("forward", "loss"):
+        clock.mark(phase)
+    measured(meter, (13, 0), phases=tuple(clock.take()))
+    ((report, _),) = meter.reports(wait=True)
+    added = {"forward_ms", "loss_ms", "gradient_scale", "probe_accuracy", "mfu"}
+    assert report.record().keys() == names | added
+    assert all(report.record()[name] >= 0 for name in added)
+    assert (report.gradient_scale, report.probe_accuracy) == (512, 9 / 18)
+    assert report.mfu == pytest.approx(report.pairs_per_second * 5e3 / 1e5)
+    assert probe.right == 0  # counted anew until the next report
+    assert not clock.take()
+
+
+def test_operations_of_a_network_are_counted_back_and_forth() -> None:
+    """Of a pair: two views, each with a forward pass and about twice as much backward."""
+    config = ModelConfig(backbone="resnet50", projector="8192-8192-8192")
+    backbone, projector = 4.09e9, 2048 * 8192 + 2 * 8192**2  # multiply-adds; the former as torchvision states
+    assert model_flop(config, 2, 224) / 2 == pytest.approx(2 * 3 * 2 * (backbone + projector), rel=0.02)
+
+
+def test_peaks_of_gpus_by_name_and_precision() -> None:
+    assert peak_flops("NVIDIA H200", "bf16") == peak_flops("NVIDIA H100 80GB HBM3", "fp16") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12
+    assert peak_flops("Tesla V100-SXM2-16GB", "fp16") == 125e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "fp32") == 19.5e12
+    unknown = (
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "fp16"),
+        ("Quadro", "fp16"),
+        ("Tesla V100-SXM2-16GB", "bf16"),
+    )
+    assert [peak_flops(*gpu) for gpu in unknown] == [None] * 3

@@ -10,6 +10,7 @@ from tools.console import progress_bar, say, show_json, show_table
 from tools.options import Device, Json
 
 CORES = len(os.sched_getaffinity(0))
+STEP_CONFIG = Path(__file__).parents[1] / "configs" / "imagenet_rn50_1gpu.yaml"
 
 bench_app = typer.Typer(
     no_args_is_help=True,
@@ -278,6 +279,79 @@ def convert(
     show_table(f"{images} images, {workers} workers, median of {repeats}", rows, as_json=as_json)
     if as_json:
         show_json(result)
+
+
+@bench_app.command()
+def step(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CONFIG KEY=VALUE",
+            help="A YAML recipe, and settings that replace the recipe's. [configs/imagenet_rn50_1gpu.yaml]",
+        ),
+    ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,...", help="Pairs in a step. [256,512,1024; 16 on the CPU]"),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of a turn, after a warm-up. [20; 1 on the CPU]")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured turns of each; the median counts.")] = 3,
+    loader: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Also with this loader at work. [the recipe's]")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="The dataset that it reads. [the recipe's]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """How fast a whole training step is, against the authors' code: pairs/s, TFLOP/s, MFU, memory, phases.
+
+    Ours is as configured, from uint8 crops that lie ready on the device; the authors' starts from views that
+    are distorted already, and has two separate passes, their loss and their LARS loop. One device, no
+    dataset. With --loader or --data a further row has a real loader at work. "MFU" is the share of the GPU's
+    published peak. train.batch_size is not read.
+
+    Examples
+
+        fastbarlow bench step
+        fastbarlow bench step configs/cifar10_rn18.yaml model.norm=torch --batch 256 --json
+        fastbarlow bench step --batch 512 --loader dali --data imagenet.beton
+        fastbarlow bench step data.image_size=96 train.device=cpu
+    """
+    from tools.bench.step import bench_step
+    from tools.bench.step_table import step_legend, step_tables
+    from train.config import load_config
+
+    recipe, overrides = STEP_CONFIG, list(settings or [])
+    if overrides and "=" not in overrides[0]:
+        recipe = Path(overrides.pop(0))
+    config, live = load_config(recipe, overrides), None
+    if loader is not None or data is not None:
+        chosen = [f"data.{key}={value}" for key, value in (("loader", loader), ("path", data)) if value]
+        live = load_config(recipe, overrides + chosen).data
+    with progress_bar("measuring") as progress:
+        result = bench_step(
+            config, _numbers(batch), live=live, steps=steps, repeats=repeats, progress=progress
+        )
+    for title, rows in step_tables(result):
+        show_table(title, rows, as_json=as_json)
+    say(step_legend(result), as_json=as_json)
+    for row in result["unavailable"]:
+        say(f"{row['name']}, batch {row['batch_size']}: {row['reason']}.", as_json=as_json)
+    if as_json:
+        show_json(result)
+
+
+def _numbers(text: str | None) -> list[int]:
+    """The batch sizes of "256,512"; raises `ConfigError`."""
+    from train.errors import ConfigError
+
+    parts = [] if text is None else text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ConfigError(f"--batch must be numbers with commas between them, such as 256,512, not {text!r}.")
+    return [int(part) for part in parts]
 
 
 def _or_dash(value: float | None, form: str) -> str:

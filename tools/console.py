@@ -94,10 +94,27 @@ def training_progress() -> Iterator[Callable[[StepReport], None]]:
 
 
 def describe_step(report: StepReport) -> str:
-    """One line: progress, loss and its terms, speed, data wait, time left."""
-    left = timedelta(seconds=round(report.seconds_left))
-    return (
-        f"step {report.step}/{report.total_steps}  loss {report.loss:.4g} "
-        f"(invariance {report.invariance:.4g}, redundancy {report.redundancy:.4g})  "
-        f"{report.pairs_per_second:.0f} pairs/s  data wait {report.data_wait_share:.0%}  {left} left"
-    )
+    """One line: progress, loss and its terms, rate, speed, waiting, use of the GPU, accuracy, time left."""
+    per_gpu = report.pairs_per_second_per_gpu
+    is_shared = per_gpu is not None and per_gpu < 0.99 * report.pairs_per_second
+    loss_ms = report.phase_ms.get("loss")
+    parts = [
+        f"step {report.step}/{report.total_steps}",
+        f"loss {report.loss:.4g} (invariance {report.invariance:.4g}, redundancy {report.redundancy:.4g})",
+        f"lr {report.lr_weights:.3g}",
+        f"{report.pairs_per_second:.0f} pairs/s" + (f" ({per_gpu:.0f} per GPU)" if is_shared else ""),
+        f"data wait {report.data_wait_share:.0%}",
+        _part("loss {:.3g} ms", loss_ms),
+        _part("exposed {:.3g} ms", report.exposed_communication_ms),
+        _part("MFU {:.0%}", report.mfu),
+        _part("{:.1f} GiB", report.memory_gib),
+        _part("scale {:g}", report.gradient_scale),
+        _part("probe {:.1%}", report.probe_accuracy),
+        _part("kNN {:.1%}", report.knn_accuracy),
+        f"{timedelta(seconds=round(report.seconds_left))} left",
+    ]
+    return "  ".join(part for part in parts if part)
+
+
+def _part(text: str, value: float | None) -> str:
+    return "" if value is None else text.format(value)

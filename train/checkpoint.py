@@ -1,7 +1,8 @@
 """Checkpoints: written so that a crash at any moment leaves a whole one, and read with clear errors.
 
 A checkpoint is a dict: `format` (1), `config` (`RunConfig` as plain data), `model` (state dict of `Twin`),
-`optimizer`, `scaler` (empty without fp16), `step` (global steps done) and `num_samples` (of the dataset).
+`optimizer`, `scaler` (empty without fp16), `step` (global steps done), `num_samples` (of the dataset) and,
+where there is one, `probe` (of the online evaluation).
 `torch.load(path, weights_only=True)` reads it.
 """
 
@@ -36,6 +37,7 @@ FREE_KEYS = (
     "train.log_every",
     "train.compile",
     "train.cuda_graph",
+    "train.wandb",
     "train.checkpoint",
     "eval",
 )

@@ -68,6 +68,9 @@ class TrainConfig(Section):
         False,
         description="Record the step once and replay it, which spares the host its work; one GPU only.",
     )
+    wandb: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="Project of Weights & Biases that also receives the reports."
+    )
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 

@@ -20,8 +20,10 @@ from train.checkpoint import CHECKPOINT_NAME, check_resumable, load_checkpoint, 
 from train.config import RunConfig, save_config
 from train.distributed import World, process_group
 from train.errors import TrainingError
-from train.meter import Meter
+from train.flop import model_flop, peak_flops
+from train.meter import Meter, PhaseClock
 from train.metrics import MetricsWriter, StepReport
+from train.online import open_online_evaluation
 from train.step import TrainStep
 
 CONFIG_NAME = "config.yaml"
@@ -84,7 +86,15 @@ class _Run:
         if config.train.max_steps is not None:
             self.total_steps = min(self.total_steps, config.train.max_steps)
         self.twin = build_twin(config, world.device)
-        self.train_step = TrainStep(config, self._over_ranks(self.twin), loader.steps_per_epoch)
+        self.probe, self.knn = open_online_evaluation(config, self.twin, world)
+        self.clock = PhaseClock(world.device)
+        self.train_step = TrainStep(
+            config,
+            self._over_ranks(self.twin),
+            loader.steps_per_epoch,
+            mark=self.clock.mark,
+            keep_features=self.probe is not None,
+        )
         # 0-d int64 on the device: steps done when the loss was first not finite; 0 as long as it is.
         self.failed_step = torch.zeros((), dtype=torch.int64, device=world.device)
 
@@ -97,19 +107,25 @@ class _Run:
         start = self._resume()  # 1
         if start >= self.total_steps:
             return RunResult(self.checkpoint, start, 0, None)
-        train, report = self.config.train, None
-        meter = Meter(train.batch_size, self.total_steps, start, self.world.device)
+        report = None
+        meter = self._build_meter(start)
         with self._open_metrics(start) as write:
             for step, batch in self._batches(start, meter):
-                loss = self.train_step(batch, step)  # 2
                 done = step + 1
+                must_report = self._is_report_due(done, start)
+                if must_report:
+                    self.clock.start()
+                loss = self.train_step(batch, step)  # 2
+                if self.probe is not None:
+                    self.probe.learn(self.train_step.features_NF, batch.labels_N)
                 has_failed = ~torch.isfinite(loss.total) & (self.failed_step == 0)
                 self.failed_step = torch.where(has_failed, done, self.failed_step)
-                is_last = done == self.total_steps
-                if is_last or done == start + 1 or done % train.log_every == 0:  # 3
+                if must_report:  # 3
                     epoch, bad = step // self.loader.steps_per_epoch, len(self.loader.bad_samples)
-                    meter.measure(done, epoch, loss, self.failed_step, self.train_step, bad)
-                must_save = is_last or self._is_checkpoint_due(done)
+                    meter.measure(done, epoch, loss, self.failed_step, bad, self.clock.take())
+                if self._is_knn_due(done):
+                    self._measure_knn(meter)
+                must_save = self._is_checkpoint_due(done)
                 for report, failed in meter.reports(wait=must_save):
                     if failed:
                         raise self._failure("loss", failed)
@@ -161,14 +177,51 @@ class _Run:
         if state:
             self.twin.load_state_dict(state["model"])
             self.train_step.optimizer.load_state_dict(state["optimizer"])
+            if self.probe is not None and state.get("probe"):
+                self.probe.load_state_dict(state["probe"])
             if state["scaler"] and self.train_step.scaler.is_enabled():
                 self.train_step.scaler.load_state_dict(state["scaler"])
             self.saved_step = start
         return start
 
+    def _is_report_due(self, done: int, start: int) -> bool:
+        is_regular = done == start + 1 or done % self.config.train.log_every == 0
+        return is_regular or done == self.total_steps or self._is_knn_due(done)
+
+    def _is_knn_due(self, done: int) -> bool:
+        every = self.config.eval.online.knn_every_epochs * self.loader.steps_per_epoch
+        return self.knn is not None and done % every == 0
+
     def _is_checkpoint_due(self, done: int) -> bool:
         every = self.config.train.checkpoint.every_steps
-        return done % self.loader.steps_per_epoch == 0 or (every is not None and done % every == 0)
+        is_regular = done % self.loader.steps_per_epoch == 0 or (every is not None and done % every == 0)
+        return is_regular or done == self.total_steps
+
+    def _measure_knn(self, meter: Meter) -> None:
+        """Rank 0 does it, and the others wait for it in the collectives of their next step."""
+        if self.world.is_main:
+            meter.add_knn_accuracy(self.knn.accuracy(self.twin.backbone))
+        meter.restart()
+
+    def _build_meter(self, start: int) -> Meter:
+        config, world = self.config, self.world
+        peak = flop = None
+        if world.device.type == "cuda":
+            peak = peak_flops(torch.cuda.get_device_name(world.device), config.train.precision)
+        if peak is not None:
+            flop = model_flop(config.model, 2, config.data.image_size) / 2
+            peak *= world.size
+        return Meter(
+            config.train.batch_size,
+            self.total_steps,
+            start,
+            self.train_step,
+            world.device,
+            ranks=world.size,
+            probe=self.probe,
+            flop_per_pair=flop,
+            peak_flops=peak,
+        )
 
     def _save(self, done: int) -> None:
         """Write the checkpoint, unless the run has gone astray."""
@@ -182,6 +235,7 @@ class _Run:
                 "scaler": self.train_step.scaler.state_dict(),
                 "step": done,
                 "num_samples": self.loader.num_samples,
+                "probe": {} if self.probe is None else self.probe.state_dict(),
             }
             save_checkpoint(state, self.checkpoint)
         self.saved_step = done
@@ -218,7 +272,8 @@ class _Run:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             save_config(self.config, run_dir / CONFIG_NAME)
-            writer = MetricsWriter(run_dir, start)
+            settings = self.config.model_dump(mode="json")
+            writer = MetricsWriter(run_dir, start, self.config.train.wandb, settings)
         except OSError as error:
             raise TrainingError(
                 f"Cannot write to run_dir {run_dir}: {error.strerror}; free it or choose another."

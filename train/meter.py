@@ -4,14 +4,42 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from model.loss import BarlowLoss
 from train.metrics import StepReport
+from train.probe import OnlineProbe
 from train.step import TrainStep
+
+GIB = 2**30
+
+
+class Stamp:
+    """A moment: on a GPU when all that is queued so far will have been done, on the CPU now."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._moment: torch.cuda.Event | float = time.perf_counter()
+        if device.type == "cuda":
+            self._moment = torch.cuda.Event(enable_timing=True)
+            self._moment.record(torch.cuda.current_stream(device))
+
+    def has_come(self) -> bool:
+        return not isinstance(self._moment, torch.cuda.Event) or self._moment.query()
+
+    def wait(self) -> None:
+        if isinstance(self._moment, torch.cuda.Event):
+            self._moment.synchronize()
+
+    def seconds_since(self, earlier: "Stamp") -> float:
+        """Time between the two moments, as the device counts it; both must have come."""
+        if isinstance(self._moment, torch.cuda.Event):
+            return earlier._moment.elapsed_time(self._moment) / 1000
+        return self._moment - earlier._moment
 
 
 class Readback:
@@ -23,27 +51,40 @@ class Readback:
 
     def __init__(self, values: Tensor) -> None:
         self._values = values
-        self._stamp: torch.cuda.Event | float = time.perf_counter()
         if values.is_cuda:
             self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._values.copy_(values, non_blocking=True)
-            self._stamp = torch.cuda.Event(enable_timing=True)
-            self._stamp.record(torch.cuda.current_stream(values.device))
+        self.stamp = Stamp(values.device)
 
     def has_arrived(self) -> bool:
-        return not isinstance(self._stamp, torch.cuda.Event) or self._stamp.query()
+        return self.stamp.has_come()
 
     def read(self) -> list[float]:
         """The values; waits for them where they have not arrived."""
-        if isinstance(self._stamp, torch.cuda.Event):
-            self._stamp.synchronize()
+        self.stamp.wait()
         return self._values.tolist()
 
-    def seconds_since(self, earlier: "Readback") -> float:
-        """Time between the two moments, as the device counts it; both must have arrived."""
-        if isinstance(self._stamp, torch.cuda.Event):
-            return earlier._stamp.elapsed_time(self._stamp) / 1000
-        return self._stamp - earlier._stamp
+
+class PhaseClock:
+    """Times the phases of those steps that are about to be reported, and costs nothing in the others."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stamps: list[tuple[str, Stamp]] = []
+
+    def start(self) -> None:
+        """Time the step that comes next."""
+        self._stamps = [("start", Stamp(self._device))]
+
+    def mark(self, phase: str) -> None:
+        """The work of a phase has been queued; for `TrainStep`."""
+        if self._stamps:
+            self._stamps.append((phase, Stamp(self._device)))
+
+    def take(self) -> list[tuple[str, Stamp]]:
+        """The start and the ends of the phases of the step just timed; stops the clock."""
+        stamps, self._stamps = self._stamps, []
+        return stamps
 
 
 @dataclass(frozen=True)
@@ -51,21 +92,45 @@ class _Measurement:
     """What is known of a report when its step has been queued, and what is still to come from the device."""
 
     known: dict[str, float]  # fields of `StepReport`
-    values: Readback  # the terms of the loss, and the failed step
+    names: list[str]  # more of them, whose values are to come, after `failed_step`
+    values: Readback
+    since: Stamp  # the speed is that of `steps` steps from then on
+    steps: int
+    phases: list[tuple[str, Stamp]] = field(default_factory=list)
 
 
 class Meter:
-    """Makes the reports: losses, speed and waiting time between two of them.
+    """Makes the reports: losses, accuracy, speed and waiting time between two of them.
 
-    `start` is the step from which this process trains.
+    `start` is the step from which this process trains, `batch_size` the global one. `flop_per_pair` are the
+    operations of the network for one pair, and `peak_flops` what all GPUs could do per second; without both
+    no utilisation is reported.
     """
 
-    def __init__(self, batch_size: int, total_steps: int, start: int, device: torch.device) -> None:
-        self.batch_size, self.total_steps = batch_size, total_steps
-        self.began = self.measured_at = time.perf_counter()
-        self.waited = 0.0
+    def __init__(
+        self,
+        batch_size: int,
+        total_steps: int,
+        start: int,
+        train_step: TrainStep,
+        device: torch.device,
+        *,
+        ranks: int = 1,
+        probe: OnlineProbe | None = None,
+        flop_per_pair: float | None = None,
+        peak_flops: float | None = None,
+    ) -> None:
+        self.batch_size, self.total_steps, self.ranks = batch_size, total_steps, ranks
+        self.train_step, self.probe, self.device = train_step, probe, device
+        self.flop_per_pair, self.peak_flops = flop_per_pair, peak_flops
+        self.began = time.perf_counter()
         self.pending: deque[_Measurement] = deque()
-        self.reported_step, self.reported = start, Readback(torch.zeros(1, device=device))
+        self.last_step = start
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the time since the last report: it was not spent on training."""
+        self.measured_at, self.since, self.waited = time.perf_counter(), Stamp(self.device), 0.0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -80,14 +145,14 @@ class Meter:
         epoch: int,
         loss: BarlowLoss,
         failed_step: Tensor,
-        train_step: TrainStep,
         bad_samples: int,
+        phases: list[tuple[str, Stamp]],
     ) -> None:
         """Ask for a report of the step that has just been queued, `done` steps into the run.
 
-        `failed_step` (0-d) comes back beside the report.
+        `failed_step` (0-d) comes back beside the report. `phases` are those of a `PhaseClock`, or none.
         """
-        weights, biases = train_step.optimizer.param_groups
+        weights, biases = self.train_step.optimizer.param_groups
         now = time.perf_counter()
         known = {
             "step": done,
@@ -98,27 +163,62 @@ class Meter:
             "data_wait_share": self.waited / (now - self.measured_at),
             "bad_samples": bad_samples,
             "seconds": now - self.began,
+            "exposed_communication_ms": _exposed_communication_ms(self.train_step),
         }
-        values = torch.stack([value.double() for value in (*loss, failed_step)])
-        self.pending.append(_Measurement(known, Readback(values)))
-        self.measured_at, self.waited = now, 0.0
+        if self.device.type == "cuda":
+            known["memory_gib"] = torch.cuda.max_memory_allocated(self.device) / GIB
+        steps = done - self.last_step
+        coming = dict(zip(("loss", "invariance", "redundancy"), loss, strict=True))
+        if self.train_step.scaler.is_enabled():
+            # `get_scale` would wait for the device. It is a tensor since the first step.
+            coming["gradient_scale"] = self.train_step.scaler._scale
+        if self.probe is not None:
+            coming["probe_accuracy"] = self.probe.right / (steps * self.batch_size)
+        values = Readback(torch.stack([value.double().view(()) for value in (failed_step, *coming.values())]))
+        if self.probe is not None:
+            self.probe.right.zero_()
+        self.pending.append(_Measurement(known, list(coming), values, self.since, steps, phases))
+        self.last_step, self.measured_at, self.since, self.waited = done, now, values.stamp, 0.0
+
+    def add_knn_accuracy(self, accuracy: float) -> None:
+        """To the report asked for last, which must not have been given out."""
+        self.pending[-1].known["knn_accuracy"] = accuracy
 
     def reports(self, wait: bool) -> Iterator[tuple[StepReport, int]]:
         """The reports whose values have arrived, or all of them, in order; each with its `failed_step`."""
         while self.pending and (wait or self.pending[0].values.has_arrived()):
-            known, values = vars(self.pending.popleft()).values()
-            total, invariance, redundancy, failed_step = values.read()
-            steps = known["step"] - self.reported_step
-            seconds_per_step = values.seconds_since(self.reported) / steps
-            self.reported_step, self.reported = known["step"], values
-            yield (
-                StepReport(
-                    **known,
-                    loss=total,
-                    invariance=invariance,
-                    redundancy=redundancy,
-                    pairs_per_second=self.batch_size / seconds_per_step,
-                    seconds_left=(self.total_steps - known["step"]) * seconds_per_step,
-                ),
-                int(failed_step),
+            measured = self.pending.popleft()
+            failed_step, *values = measured.values.read()
+            seconds_per_step = measured.values.stamp.seconds_since(measured.since) / measured.steps
+            pairs_per_second = self.batch_size / seconds_per_step
+            speed: dict[str, float] = {}
+            if self.device.type == "cuda":
+                speed["pairs_per_second_per_gpu"] = pairs_per_second / self.ranks
+            if self.flop_per_pair and self.peak_flops:
+                speed["mfu"] = self.flop_per_pair * pairs_per_second / self.peak_flops
+            report = StepReport(
+                **measured.known,
+                **dict(zip(measured.names, values, strict=True)),
+                **speed,
+                pairs_per_second=pairs_per_second,
+                seconds_left=(self.total_steps - measured.known["step"]) * seconds_per_step,
+                phase_ms={
+                    phase: 1000 * end.seconds_since(before)
+                    for (_, before), (phase, end) in pairwise(measured.phases)
+                },
             )
+            yield report, int(failed_step)
+
+
+def _exposed_communication_ms(train_step: TrainStep) -> float | None:
+    """How long a backward pass waited for the exchange of gradients once its own work was done.
+
+    `DistributedDataParallel` measures it in the first steps, and then in each hundredth; this is the latest
+    figure. None before there is one.
+    """
+    if not isinstance(train_step.network, DistributedDataParallel):
+        return None
+    measured = train_step.network._get_ddp_logging_data()  # in nanoseconds
+    if "backward_comm_time" not in measured:
+        return None
+    return (measured["backward_comm_time"] - measured["backward_compute_comm_overlap_time"]) / 1e6

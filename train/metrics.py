@@ -1,19 +1,26 @@
-"""What a run says about itself: `StepReport`, written as JSON lines and to TensorBoard by rank 0."""
+"""What a run says about itself: `StepReport`, written as JSON lines, to TensorBoard and W&B by rank 0."""
 
 import json
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from train.errors import TrainingError
 
 METRICS_NAME = "metrics.jsonl"
+WANDB_NAME = "wandb-run-id.txt"
+_NOT_DRAWN = {"step", "total_steps", "seconds_left"}  # a curve of these would say nothing
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """The state of a run after `step` steps; rates and shares are over the steps since the last report."""
+    """The state of a run after `step` steps; rates and shares are over the steps since the last report.
+
+    What a run cannot know is None, and absent from its records.
+    """
 
     step: int  # global steps done
     total_steps: int
@@ -28,20 +35,40 @@ class StepReport:
     bad_samples: int  # images that rank 0 could not read so far, since this process began to train
     seconds: float  # wall time since this process began to train
     seconds_left: float
+    pairs_per_second_per_gpu: float | None = None
+    phase_ms: Mapping[str, float] = field(default_factory=dict)  # of this step alone, on rank 0
+    exposed_communication_ms: float | None = None  # of one step: the part of the exchange of gradients during
+    # which the backward pass had nothing left to compute; only with several ranks
+    mfu: float | None = None  # operations of the network, as a share of the GPUs' published peak
+    memory_gib: float | None = None  # largest that tensors have taken on rank 0's GPU
+    gradient_scale: float | None = None  # only in fp16
+    probe_accuracy: float | None = None  # of the linear probe, on samples before it learnt from them, 0 to 1
+    knn_accuracy: float | None = None  # of the network after this step, 0 to 1
+
+    def record(self) -> dict[str, float]:
+        """What is known, as plain numbers; those of `phase_ms` under names such as `loss_ms`."""
+        known = {name: value for name, value in vars(self).items() if value is not None}
+        return known | {f"{phase}_ms": ms for phase, ms in known.pop("phase_ms").items()}
 
 
 class MetricsWriter:
-    """Appends reports to `metrics.jsonl` and `tensorboard/` in the run directory.
+    """Appends reports to `metrics.jsonl` and `tensorboard/` in the run directory, and to a project of W&B.
 
     Records of steps after `start_step` are dropped first: a killed run had done these steps but not saved
-    them, and the resumed run does them again. Raises `OSError` at first and `TrainingError` in `write` and
-    `close`, where the disk is full.
+    them, and the resumed run does them again. W&B goes on with the run whose name the run directory holds.
+    `settings` are shown there.
+
+    Raises `OSError` at first and `TrainingError` in `write` and `close`, where the disk is full, and
+    `TrainingError` where W&B is not installed or refuses the run.
     """
 
-    def __init__(self, run_dir: Path, start_step: int) -> None:
+    def __init__(
+        self, run_dir: Path, start_step: int, wandb: str | None = None, settings: dict[str, Any] | None = None
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._run_dir = run_dir
+        self._wandb = None if wandb is None else _open_wandb(wandb, run_dir, settings or {})
         path = run_dir / METRICS_NAME
         kept = [r for r in read_metrics(run_dir) if r["step"] <= start_step] if path.exists() else []
         beside = path.with_name(f"{METRICS_NAME}.tmp")
@@ -51,14 +78,20 @@ class MetricsWriter:
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, report: StepReport) -> None:
-        record = asdict(report)
+        record = report.record()
         with self._advice():
             self._file.write(json.dumps(record) + "\n")
-            for name in set(record) - {"step", "total_steps", "seconds_left"}:
+            for name in record.keys() - _NOT_DRAWN:
                 self._board.add_scalar(name, record[name], report.step)
+        if self._wandb is not None:
+            self._wandb.log(record, step=report.step)
 
     def close(self) -> None:
-        with self._advice(), closing(self._board):
+        """All are closed, whichever fails."""
+        with self._advice(), ExitStack() as at_the_end:
+            if self._wandb is not None:
+                at_the_end.callback(self._wandb.finish)
+            at_the_end.callback(self._board.close)
             self._file.close()
 
     @contextmanager
@@ -70,6 +103,30 @@ class MetricsWriter:
                 f"Cannot write the metrics to {self._run_dir}: {error.strerror or error}; make room and "
                 f"start again, and the run goes on from the last checkpoint."
             ) from error
+
+
+def _open_wandb(project: str, run_dir: Path, settings: dict[str, Any]) -> Any:
+    """The run of W&B that belongs to the run directory. Raises `OSError` and `TrainingError`."""
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        raise TrainingError(
+            "train.wandb needs the Python package 'wandb'; install it, or set train.wandb to null."
+        ) from error
+    name = run_dir / WANDB_NAME
+    if not name.exists():
+        name.write_text(secrets.token_hex(8), encoding="utf-8")
+    run_id = name.read_text(encoding="utf-8").strip()
+    try:
+        return wandb.init(
+            project=project, id=run_id, name=run_dir.name, dir=str(run_dir), config=settings, resume="allow"
+        )
+    except wandb.Error as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise TrainingError(
+            f"W&B refuses the run ({reason}); log in with `wandb login`, set WANDB_MODE=offline, or set "
+            f"train.wandb to null."
+        ) from error
 
 
 def read_metrics(run_dir: Path) -> list[dict]:

@@ -5,7 +5,7 @@ The host queues all of it on the device and waits for none, with two exceptions 
 have samples, and the loss asks at the first step whether all have equally many.
 
 Shape legend: V views (2), N samples of this rank, k pieces of n = N / k samples, C colours (3), H and W
-pixels, D embedding width.
+pixels, F feature width, D embedding width.
 """
 
 import os
@@ -49,8 +49,11 @@ class TrainStep:
 
     `network` is a `Twin`, or what wraps one, on the device in channels-last format. `mark` is called with the
     name of each of `PHASES` after the step has queued that phase's work, or with "step" alone where the step
-    is replayed as a CUDA graph. Load the states of network and optimiser before the first step. Raises
-    `ConfigError` where the settings do not fit the device or the number of ranks.
+    is replayed as a CUDA graph. With `keep_features` the backbone's features of the first view, (N, F) in the
+    order of the batch and without gradient, are in `features_NF` from the end of a step to the next one.
+
+    Load the states of network and optimiser before the first step. Raises `ConfigError` where the settings do
+    not fit the device or the number of ranks.
     """
 
     def __init__(
@@ -59,8 +62,10 @@ class TrainStep:
         network: nn.Module,
         steps_per_epoch: int,
         mark: Callable[[str], None] = lambda phase: None,
+        keep_features: bool = False,
     ) -> None:
         self.network = network
+        self.features_NF: Tensor
         self._device = next(network.parameters()).device
         _check(config, self._device)
         self.optimizer: Lars = build_optimizer(network, config.train.optim)
@@ -75,6 +80,7 @@ class TrainStep:
         # reference_world_size of 16 gives its gradient on any number of ranks.
         self._gradient_share = world_size() / config.model.loss.reference_world_size
         self._network_call = torch.compile(network) if config.train.compile else network
+        self._network_options = {"with_features": True} if keep_features else {}
         self._graph: StepGraph | None = None
         if config.train.cuda_graph:
             self.optimizer.keep_rates_on_device()
@@ -100,14 +106,15 @@ class TrainStep:
         self._end("augment")
 
         with torch.no_grad():
-            embeddings = [self._embed(piece) for piece in others]  # 2
+            outputs = [self._embed(piece) for piece in others]  # 2
         with self._unexchanged_if(others):
-            embeddings_last = self._embed(last)
+            outputs.append(self._embed(last))
+        embeddings, features = zip(*outputs, strict=True)
+        if features[0]:
+            self.features_NF = torch.stack([f_nF for (f_nF,) in features], dim=1).flatten(0, 1)
         self._end("forward")
 
-        z_a_ND, z_b_ND = (
-            torch.cat(z).detach().requires_grad_() for z in zip(*embeddings, embeddings_last, strict=True)
-        )
+        z_a_ND, z_b_ND = (torch.cat(z).detach().requires_grad_() for z in zip(*embeddings, strict=True))
         loss = barlow_loss(z_a_ND, z_b_ND, self._config.model.loss)  # 3, in float32
         self._end("loss")
 
@@ -115,12 +122,12 @@ class TrainStep:
         n = len(z_a_ND) // (len(others) + 1)
         *gradients, gradients_last = zip(z_a_ND.grad.split(n), z_b_ND.grad.split(n), strict=True)
         with self._unexchanged_if(others):
-            torch.autograd.backward(embeddings_last, gradients_last)  # 4
+            torch.autograd.backward(embeddings[-1], gradients_last)  # 4
         with _unchanged_buffers(self.network) if others else nullcontext():
             while others:
                 piece, gradient = others.pop(), gradients.pop()
                 with self._unexchanged_if(others):
-                    torch.autograd.backward(self._embed(piece), gradient)
+                    torch.autograd.backward(self._embed(piece)[0], gradient)
         self._end("backward")
 
         if self.scaler.is_enabled():
@@ -130,15 +137,16 @@ class TrainStep:
         self._end("optimizer")
         return torch.stack([term.detach() for term in loss])
 
-    def _embed(self, views_VnCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings of both views, (n, D) each.
+    def _embed(self, views_VnCHW: Tensor) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
+        """Embeddings of both views, (n, D) each; with them the features to keep, (n, F), or none.
 
         Each call has an autocast of its own, since one remembers casts of weights, and those that were made
         without gradients would be taken where gradients are needed.
         """
         use_autocast = self._dtype is not torch.float32
         with torch.autocast(self._device.type, self._dtype, enabled=use_autocast):
-            return self._network_call(views_VnCHW)
+            z_a_nD, z_b_nD, *features = self._network_call(views_VnCHW, **self._network_options)
+        return (z_a_nD, z_b_nD), features
 
     def _unexchanged_if(self, more: object) -> AbstractContextManager[None]:
         """Where `more` backward passes follow: forward and backward without the exchange between ranks."""
