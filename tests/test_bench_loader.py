@@ -242,21 +242,19 @@ def test_authors_read_the_same_images_as_files(
     assert folder.exists()
 
 
-def test_authors_batches_are_two_views_of_one_distribution(beton: Path, nothing_left: None) -> None:
+def test_authors_batches_are_two_draws_of_every_image(beton: Path, nothing_left: None) -> None:
     setting = Setting(33, 12, 2, CPU, AugmentConfig())
     with image_folder(open_source(beton)) as folder, authors_loader(folder, setting).open() as stream:
         batches = list(islice(stream, 8))
     views_VBNCHW = torch.stack([torch.stack(views) for views in batches], dim=1)
     assert views_VBNCHW.shape == (2, 8, 12, 3, 33, 33) and views_VBNCHW.dtype == torch.float32
     flat_VMP = views_VBNCHW.flatten(1, 2).flatten(2)
-    assert not (flat_VMP[0] == flat_VMP[1]).all(-1).any()  # two draws of every image
+    assert not (flat_VMP[0] == flat_VMP[1]).all(-1).any()
     assert len(flat_VMP[0].unique(dim=0)) == len(flat_VMP[0])  # and others when it comes again
     mean_C, std_C = (torch.tensor(getattr(setting.augment, name)) for name in ("mean", "std"))
     gray_levels = views_VBNCHW * std_C[:, None, None] + mean_C[:, None, None]
     assert -1e-5 < gray_levels.min() < 0.05 and 0.95 < gray_levels.max() < 1 + 1e-5
     torch.testing.assert_close(255 * gray_levels, (255 * gray_levels).round(), atol=1e-3, rtol=0)
-    for view_MP, blurred in zip(flat_VMP, (1.0, 0.1), strict=True):
-        assert view_MP.mean().item() == pytest.approx(flat_VMP.mean().item(), abs=0.15), blurred
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0])
