@@ -69,6 +69,40 @@ def run_interpreted() -> Callable[[str], None]:
 
 
 @pytest.fixture(scope="session")
+def compile_for() -> Callable[..., None]:
+    """Compile one launch of a Triton kernel for a compute capability; needs no GPU.
+
+    With what Triton learns from its arguments: types, constants, alignment.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+    types[torch.int64] = "i64"
+
+    def compile_launch(capability: int, kernel: "triton.JITFunction", args: tuple, options: dict) -> None:
+        signature, constants, attributes = {}, {}, {}
+        for place, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
+            specialised = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (specialised and type(value) is int and value == 1):
+                signature[parameter.name], constants[(place,)] = "constexpr", value
+                continue
+            if isinstance(value, torch.Tensor):
+                signature[parameter.name], aligned = "*" + types[value.dtype], True
+            else:
+                signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
+                aligned = specialised and isinstance(value, int) and value % 16 == 0
+            if aligned:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+        source = ASTSource(kernel, signature, constants, attributes)
+        target = GPUTarget("cuda", capability, 32)
+        assert triton.compile(source, target=target, options=options).asm["cubin"]
+
+    return compile_launch
+
+
+@pytest.fixture(scope="session")
 def write_checkpoint() -> Callable[..., torch.nn.Module]:
     """Save a checkpoint of a twin with random weights and batch-norm statistics; returns the twin.
 

@@ -8,34 +8,13 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 Launch = Callable[[ModuleType, int, int, torch.dtype], None]
 
 
-def compile_for(capability: int, kernel: triton.JITFunction, args: tuple, options: dict) -> None:
-    """Compile one launch, with what Triton learns from its arguments: types, constants, alignment."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature, constants, attributes = {}, {}, {}
-    for place, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
-        specialised = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (specialised and type(value) is int and value == 1):
-            signature[parameter.name], constants[(place,)] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name], aligned = "*" + TYPES[value.dtype], True
-        else:
-            signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
-            aligned = specialised and isinstance(value, int) and value % 16 == 0
-        if aligned:
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    assert triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
-
-
 @pytest.fixture
-def compile_launches(monkeypatch: pytest.MonkeyPatch) -> Callable[[Launch, int, int, torch.dtype, int], set]:
+def compile_launches(
+    compile_for: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Launch, int, int, torch.dtype, int], set]:
     """Compile for a compute capability what `launch(kernels, n, D, dtype)` launches; returns the names."""
 
     def compile_all(launch: Launch, n: int, D: int, dtype: torch.dtype, capability: int) -> set[str]:

@@ -24,7 +24,7 @@ from model.loss.products import product
 from model.loss.reference import reference_loss
 from pipelines.errors import DataError
 from tools.bench.authors import AuthorsLoss
-from tools.bench.memory import peak_bytes, return_freed_memory
+from tools.bench.memory import is_out_of_memory, peak_bytes, return_freed_memory
 from tools.bench.timing import synchronise
 from tools.bench.traffic import TrafficMeter
 from train.distributed import World
@@ -65,7 +65,7 @@ def _refusing_what_does_not_fit(task: Task) -> Iterator[None]:
         yield
     except RuntimeError as error:
         # On the CPU torch has no error of its own for this.
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise DataError(
             f"The loss for N = {task.samples} and width {task.width} does not fit into memory (the authors' "

@@ -56,3 +56,8 @@ def _status_bytes(field: str) -> int:
         if line.startswith(f"{field}:"):
             return 1024 * int(line.split()[1])
     raise OSError(f"/proc/self/status has no {field}")
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """On the CPU torch has no error of its own for this."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -12,6 +12,7 @@ import torch
 from pipelines.augment import choose
 from pipelines.config import DataConfig
 from pipelines.errors import DataError
+from tools.bench.memory import is_out_of_memory
 from tools.bench.ranks import run_ranks
 from tools.bench.step_flop import flop_utilisation, loss_flop, our_loss_algorithm
 from tools.bench.step_measure import (
@@ -20,7 +21,6 @@ from tools.bench.step_measure import (
     Contender,
     Turn,
     contenders,
-    is_out_of_memory,
     measure,
     measure_resident_peaks,
 )

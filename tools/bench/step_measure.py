@@ -105,11 +105,6 @@ def measure_resident_peaks(config: RunConfig, world: World) -> dict[str, int]:
     return {contender.name: _resident_peak(contender, world.device) for contender in found}
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """On the CPU torch has no error of its own for this."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def _resident_peak(contender: Contender, device: torch.device) -> int:
     _release(device)
     process, held = psutil.Process(), []
