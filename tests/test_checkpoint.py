@@ -6,10 +6,20 @@ import stat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from train.checkpoint import check_resumable, load_checkpoint, save_checkpoint
+from train.checkpoint import (
+    FINAL_TRIES,
+    RETRY_SECONDS,
+    CheckpointWriter,
+    check_resumable,
+    load_checkpoint,
+    load_last_good,
+    save_checkpoint,
+    set_aside,
+)
 from train.config import RunConfig
 from train.errors import TrainingError
 
@@ -61,7 +71,10 @@ def test_failure_while_writing_leaves_the_old_checkpoint(
         with pytest.raises(TrainingError, match="No space left on device"):
             save_checkpoint(state(2), path)
     assert load_checkpoint(path)["step"] == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+    expected = {"checkpoint.pt"} | (
+        {"checkpoint.previous.pt"} if failing == "pathlib.Path.replace" else set()
+    )
+    assert {p.name for p in tmp_path.iterdir()} == expected
 
 
 def test_folder_that_cannot_be_is_told(tmp_path: Path) -> None:
@@ -87,7 +100,7 @@ def test_failure_of_the_last_flush_leaves_the_new_checkpoint(
         with pytest.raises(TrainingError, match="Input/output error"):
             save_checkpoint(state(2), path)
     assert load_checkpoint(path)["step"] == 2
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint.pt", "checkpoint.previous.pt"}
 
 
 def test_full_disk_is_told_in_the_systems_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +111,130 @@ def test_full_disk_is_told_in_the_systems_words(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(TrainingError, match="No space left on device"):
         save_checkpoint(state(1), path)
     assert not path.exists()
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_checkpoint_before_the_last_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
+) -> None:
+    """Also on file systems without hard links."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not has_links:
+        monkeypatch.setattr("os.link", refuse)
+    path = tmp_path / "checkpoint.pt"
+    for step in (1, 2, 3):
+        save_checkpoint(state(step), path)
+    assert load_checkpoint(path)["step"] == 3
+    assert load_checkpoint(tmp_path / "checkpoint.previous.pt")["step"] == 2
+    assert len(list(tmp_path.iterdir())) == 2
+    state_read, is_sound = load_last_good(path)
+    assert state_read["step"] == 3 and is_sound
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "missing"])
+def test_damaged_checkpoint_gives_way_to_the_one_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    path = tmp_path / "checkpoint.pt"
+    assert load_last_good(path) == (None, True)
+    for step in (1, 2):
+        save_checkpoint(state(step), path)
+    content = bytearray(path.read_bytes())
+    middle = content.index(torch.full((8,), 2.0).numpy().tobytes())
+    content[middle] ^= 64
+    path.unlink()  # or else the one before, another name of no file of its own, would not care
+    if damage != "missing":
+        path.write_bytes({"cut": content[:-700], "flipped": content, "empty": b""}[damage])
+    state_read, is_sound = load_last_good(path)
+    assert (state_read["step"], is_sound) == (1, damage == "missing")
+    (warning,) = caplog.messages
+    assert str(path) in warning and "goes on from the one before it" in warning and "\n" not in warning
+    if not is_sound:
+        set_aside(path)
+        save_checkpoint(state(3), path)
+        assert load_checkpoint(path)["step"] == 3
+        assert load_checkpoint(tmp_path / "checkpoint.previous.pt")["step"] == 1
+    (tmp_path / "checkpoint.previous.pt").write_bytes(b"")
+    path.write_bytes(b"")
+    with pytest.raises(TrainingError, match=r"checkpoint\.pt is damaged"):
+        load_last_good(path)
+
+
+def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:
+    """Anywhere in the file: it is refused, or the bit was of no meaning and all values are the saved ones."""
+    path = tmp_path / "checkpoint.pt"
+    values = state(7)
+    save_checkpoint(values, path)
+    whole = path.read_bytes()
+    random = np.random.default_rng()
+    refused = 0
+    for at in random.integers(0, len(whole), 200):
+        content = bytearray(whole)
+        content[at] ^= 1 << random.integers(8)
+        path.write_bytes(content)
+        try:
+            loaded = load_checkpoint(path)
+        except TrainingError:
+            refused += 1
+            continue
+        assert torch.equal(loaded.pop("model")["weight"], values["model"]["weight"]), at
+        assert loaded == {"format": 1, **{k: v for k, v in values.items() if k != "model"}}, at
+    assert refused > 100
+
+
+class FullDisk:
+    """A disk that is full for the first `times` checkpoints."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+        self.times, self.tries, self.slept = times, 0, []
+        self._save = save_checkpoint
+        monkeypatch.setattr("train.checkpoint.save_checkpoint", self)
+        monkeypatch.setattr("train.checkpoint.time.sleep", self.slept.append)
+
+    def __call__(self, state: dict[str, Any], path: Path) -> None:
+        self.tries += 1
+        if self.tries <= self.times:
+            raise TrainingError("Cannot write the checkpoint: No space left on device.")
+        self._save(state, path)
+
+
+def test_checkpoint_that_cannot_be_written_is_due_again_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("train.checkpoint.time.monotonic", lambda: now[0])
+    FullDisk(monkeypatch, 1)
+    writer = CheckpointWriter(tmp_path / "checkpoint.pt", every_minutes=2)
+    now[0] += 119
+    assert not writer.is_due
+    now[0] += 1
+    assert writer.is_due
+    writer.write(state(1), is_last=False)
+    assert writer.saved_step == -1 and not writer.is_due
+    assert "No space left on device. Training goes on, and this is tried again in 30 s." in caplog.text
+    now[0] += RETRY_SECONDS
+    assert writer.is_due
+    writer.write(state(2), is_last=False)
+    assert writer.saved_step == 2 and not writer.is_due
+    now[0] += 120
+    assert writer.is_due
+    assert not CheckpointWriter(tmp_path / "checkpoint.pt", every_minutes=None).is_due
+
+
+def test_last_checkpoint_is_tried_until_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = FullDisk(monkeypatch, 3)
+    writer = CheckpointWriter(tmp_path / "checkpoint.pt", every_minutes=None)
+    writer.write(state(5), is_last=True)
+    assert (writer.saved_step, disk.slept) == (5, [RETRY_SECONDS] * 3)
+    disk = FullDisk(monkeypatch, 100)
+    with pytest.raises(TrainingError, match="No space left on device"):
+        writer.write(state(6), is_last=True)
+    assert (disk.tries, len(disk.slept)) == (FINAL_TRIES, FINAL_TRIES - 1)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])

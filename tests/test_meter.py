@@ -15,9 +15,10 @@ from train.config import RunConfig
 from train.errors import TrainingError
 from train.flop import model_flop, peak_flops
 from train.loop import pretrain
-from train.meter import Meter, PhaseClock, Readback, Stamp
+from train.meter import Meter, PhaseClock
 from train.metrics import StepReport, read_metrics
 from train.probe import OnlineProbe
+from train.readback import Readback, Stamp
 from train.step import TrainStep
 
 CPU = torch.device("cpu")
@@ -79,8 +80,9 @@ def test_failed_loss_that_arrives_late_still_stops_the_run_before_a_checkpoint(
     monkeypatch.setattr(Readback, "has_arrived", lambda self: False)
     steps_seen(monkeypatch, poison)
     reports: list[StepReport] = []
-    with pytest.raises(TrainingError, match=f"loss is not finite any more at step {EVERY + 1} "):
-        pretrain(config, reports.append)
+    train_config = config.train.model_copy(update={"max_skipped_steps": 0})
+    with pytest.raises(TrainingError, match=f"gradient is not finite any more at step {EVERY + 1} "):
+        pretrain(config.model_copy(update={"train": train_config}), reports.append)
     assert [report.step for report in reports] == list(range(1, EVERY + 1))
     assert load_checkpoint(config.run_dir / "checkpoint.pt")["step"] == EVERY
 
@@ -108,30 +110,31 @@ class FakeStep:
     """What a meter asks a step for."""
 
     network = torch.nn.Identity()
+    z_a_ND = torch.tensor([[3.0, 0.0, 1e-4, 5.0, -1.0], [1.0, 0.0, 0.0, 5.0, 3.0]])
     scaler = torch.amp.GradScaler("cpu", enabled=False)
 
     class optimizer:  # noqa: N801
         param_groups = ({"lr": 0.5}, {"lr": 0.25})
 
 
-def measured(meter: Meter, *steps: tuple[int, int], phases: tuple = ()) -> None:
-    """Reports asked for after (step, failed step)."""
-    loss = BarlowLoss(*torch.tensor([3.0, 1.0, 2.0]))
-    for done, failed in steps:
-        meter.measure(done, 2, loss, torch.tensor(failed), bad_samples=7, phases=list(phases))
+def measured(meter: Meter, *steps: int, phases: tuple = ()) -> None:
+    """Reports asked for after these steps."""
+    loss = BarlowLoss(*torch.tensor([3.0, 1.25, 5.0]))
+    for done in steps:
+        meter.measure(done, 2, loss, bad_samples=7, skipped_steps=4, phases=phases)
 
 
 def test_speed_counts_the_steps_since_the_last_report() -> None:
     meter = Meter(6, 20, 10, FakeStep, CPU)
     start = meter.since
-    measured(meter, (11, 0), (14, 13))
+    measured(meter, 11, 14)
     for moment, stamp in ((100.0, start), *zip((102.0, 105.0), stamps(meter), strict=True)):
         stamp._moment = moment
-    (first, none), (second, failed) = meter.reports(wait=False)
-    assert (none, failed) == (0, 13)
+    first, second = meter.reports(wait=False)
     assert (first.pairs_per_second, first.seconds_left) == (3, 18)
     assert (second.pairs_per_second, second.seconds_left) == (6, 6)
-    assert (second.loss, second.invariance, second.redundancy, second.bad_samples) == (3, 1, 2, 7)
+    assert (second.loss, second.invariance, second.redundancy) == (3, 1.25, 5)
+    assert (second.bad_samples, second.skipped_steps) == (7, 4)
 
 
 def stamps(meter: Meter) -> list[Stamp]:
@@ -142,13 +145,13 @@ def test_time_after_a_restart_is_not_training(monkeypatch: pytest.MonkeyPatch) -
     clock = iter(range(0, 1000, 10))
     monkeypatch.setattr("train.meter.time.perf_counter", lambda: next(clock))
     meter = Meter(6, 20, 10, FakeStep, CPU)
-    measured(meter, (11, 0))
+    measured(meter, 11)
     for _ in range(50):
         next(clock)
     meter.add_knn_accuracy(0.5)
     meter.restart()
-    measured(meter, (12, 0))
-    (first, _), (second, _) = meter.reports(wait=False)
+    measured(meter, 12)
+    first, second = meter.reports(wait=False)
     assert first.pairs_per_second > 0.1 and second.pairs_per_second > 0.1  # 10 s a call of the clock, not 500
     assert (first.knn_accuracy, second.knn_accuracy) == (0.5, None)
 
@@ -156,10 +159,18 @@ def test_time_after_a_restart_is_not_training(monkeypatch: pytest.MonkeyPatch) -
 def test_report_holds_what_can_be_known_and_nothing_else() -> None:
     """On the CPU, in fp32, without labels: no figure of a GPU, of a scaler, or of an evaluation."""
     meter = Meter(6, 20, 10, FakeStep, CPU)
-    measured(meter, (11, 0))
-    ((report, _),) = meter.reports(wait=True)
+    measured(meter, 11)
+    (report,) = meter.reports(wait=True)
     names = {"step", "total_steps", "epoch", "loss", "invariance", "redundancy", "lr_weights", "lr_biases"}
-    names |= {"pairs_per_second", "data_wait_share", "bad_samples", "seconds", "seconds_left"}
+    names |= {
+        "pairs_per_second",
+        "data_wait_share",
+        "bad_samples",
+        "skipped_steps",
+        "seconds",
+        "seconds_left",
+    }
+    names |= {"diagonal_error", "off_diagonal", "embedding_std", "dead_features"}
     assert report.record().keys() == names
 
     class ScaledStep(FakeStep):
@@ -174,8 +185,8 @@ def test_report_holds_what_can_be_known_and_nothing_else() -> None:
     clock.start()
     for phase in ("forward", "loss"):
         clock.mark(phase)
-    measured(meter, (13, 0), phases=tuple(clock.take()))
-    ((report, _),) = meter.reports(wait=True)
+    measured(meter, 13, phases=tuple(clock.take()))
+    (report,) = meter.reports(wait=True)
     added = {"forward_ms", "loss_ms", "gradient_scale", "probe_accuracy", "mfu"}
     assert report.record().keys() == names | added
     assert all(report.record()[name] >= 0 for name in added)
@@ -183,6 +194,32 @@ def test_report_holds_what_can_be_known_and_nothing_else() -> None:
     assert report.mfu == pytest.approx(report.pairs_per_second * 5e3 / 1e5)
     assert probe.right == 0  # counted anew until the next report
     assert not clock.take()
+
+
+def test_report_tells_how_the_embeddings_and_their_correlations_spread() -> None:
+    meter = Meter(6, 20, 10, FakeStep, CPU)
+    measured(meter, 11)
+    (report,) = meter.reports(wait=True)
+    assert report.embedding_std == pytest.approx((1 + 5e-5 + 2) / 5)
+    assert report.dead_features == pytest.approx(3 / 5)  # one varies, but by less than the loss's epsilon
+    assert report.diagonal_error == pytest.approx(0.5)  # of 5 elements
+    assert report.off_diagonal == pytest.approx(0.5)  # of 20
+    meter = Meter(6, 20, 10, FakeStep, CPU, has_correlations=False)
+    measured(meter, 11)
+    (report,) = meter.reports(wait=True)
+    assert report.diagonal_error is None and report.off_diagonal is None
+
+
+def test_largest_loss_is_that_of_the_steps_since_the_last_report() -> None:
+    meter = Meter(6, 20, 10, FakeStep, CPU)
+    found = []
+    for done, losses in ((11, [5.0]), (15, [3.0, float("nan"), 9.0, 2.0]), (16, [1.0]), (17, [float("nan")])):
+        for loss in losses:
+            meter.note(BarlowLoss(*torch.tensor([loss, 1, 2])))
+        measured(meter, done)
+        (report,) = meter.reports(wait=True)
+        found.append(report.record().get("largest_loss"))
+    assert found == [5, 9, 1, None]  # a record has nothing that is not finite
 
 
 def test_operations_of_a_network_are_counted_back_and_forth() -> None:

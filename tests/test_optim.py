@@ -85,7 +85,8 @@ class Launches(TorchDispatchMode):
     The joint operations do so on a GPU where the tensors of their lists differ in shape or layout.
     """
 
-    VIEWS = ("as_strided", "unsqueeze", "select", "detach", "view", "alias")
+    VIEWS = ("as_strided", "unsqueeze", "select", "detach", "view", "alias", "split_with_sizes")
+    NOTES = ("_record_function_enter_new", "_record_function_exit")  # for a profiler
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +104,7 @@ class Launches(TorchDispatchMode):
                         first.stride(),
                         first.dtype,
                     )
-        if name not in self.VIEWS:
+        if name not in self.VIEWS + self.NOTES:
             self.counts[name] += 1
         return func(*args, **(kwargs or {}))
 
@@ -173,7 +174,8 @@ def test_state_dict_carries_the_momentum(module: nn.Module) -> None:
 
 
 def scaled_step(module: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    scaler.unscale_(optimizer)
+    if scaler.is_enabled():
+        scaler.unscale_(optimizer)
     scaler.step(optimizer)
     scaler.update()
 
@@ -195,17 +197,45 @@ def test_scaled_gradients_give_the_unscaled_step(module: nn.Module) -> None:
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
 
 
-def test_non_finite_gradient_under_a_scaler_changes_nothing(module: nn.Module) -> None:
-    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+@pytest.mark.parametrize("has_scaler", [False, True])
+@pytest.mark.parametrize("layer", [0, 3])
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_non_finite_gradient_changes_nothing(
+    module: nn.Module, value: float, kind: str, layer: int, has_scaler: bool
+) -> None:
+    """One number of one tensor is enough, and no tensor of another group moves either."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0, enabled=has_scaler)
     scaler.scale(torch.zeros(1))
     optimizer = build_optimizer(module, CONFIG)
     optimizer.set_rates(RATES)
+
+    def state() -> list[Tensor]:
+        return [t.detach().clone() for p in module.parameters() for t in (p, optimizer.state[p]["mu"])]
+
     set_gradients(module, 0)
     scaled_step(module, optimizer, scaler)
-    before = [t.detach().clone() for p in module.parameters() for t in (p, optimizer.state[p]["mu"])]
+    before = state()
+    assert optimizer.skipped == 0
     set_gradients(module, 2)
-    module[3].bias.grad[1] = float("inf")
+    getattr(module[layer], kind).grad.view(-1)[1] = value
     scaled_step(module, optimizer, scaler)
-    after = [t for p in module.parameters() for t in (p, optimizer.state[p]["mu"])]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert scaler.get_scale() == 0.5
+    assert optimizer.skipped == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+    assert scaler.get_scale() == (0.5 if has_scaler else 1)
+    set_gradients(module, 3)
+    scaled_step(module, optimizer, scaler)
+    assert optimizer.skipped == 0
+    assert all(not torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+
+
+def test_step_that_is_to_be_skipped_changes_nothing(module: nn.Module) -> None:
+    optimizer = build_optimizer(module, CONFIG)
+    optimizer.set_rates(RATES)
+    before = copy.deepcopy(module.state_dict())
+    for skip in (True, False):
+        set_gradients(module, 0)
+        optimizer.step(torch.tensor(skip))
+        assert optimizer.skipped == skip
+        has_moved = [not torch.equal(before[key], value) for key, value in module.state_dict().items()]
+        assert any(has_moved) is not skip

@@ -7,22 +7,24 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train.loop
 from pipelines.batch import Batch
 from pipelines.errors import DataError
 from pipelines.loaders import build_loader
-from train.checkpoint import load_checkpoint
+from train.checkpoint import load_checkpoint, save_checkpoint
 from train.config import RunConfig, load_config, save_config
 from train.errors import TrainingError
 from train.launch import launch
@@ -84,16 +86,6 @@ def failure(config: RunConfig, error: type[Exception]) -> str:
         pretrain(config)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-def poison_weights(monkeypatch: pytest.MonkeyPatch, before_step: int) -> None:
-    class PoisonedStep(TrainStep):
-        def __call__(self, batch: Batch, step: int):
-            if step == before_step:
-                torch.nn.init.constant_(next(self.network.parameters()), float("nan"))
-            return super().__call__(batch, step)
-
-    monkeypatch.setattr(train.loop, "TrainStep", PoisonedStep)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -232,33 +224,42 @@ def test_step_on_a_gpu_never_waits_for_it(config: RunConfig, precision: str) -> 
     assert loss.total.isfinite()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own
-def test_metrics_of_a_full_disk_are_told_and_damaged_lines_skipped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_metrics_lost_to_a_full_disk_are_told_and_do_not_end_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture
 ) -> None:
-    boards: list[object] = []
-    close = SummaryWriter.close
-    monkeypatch.setattr(SummaryWriter, "close", lambda board: (boards.append(board), close(board)))
     report = StepReport(1, 9, 0, *[0.5] * 10)
-    writer = MetricsWriter(tmp_path, 0)
-    writer.write(report)
+    with closing(MetricsWriter(tmp_path, 0)) as writer:
+        writer.write(report)
+        length = (tmp_path / "metrics.jsonl").stat().st_size
+        with longest_file(length + 30):
+            for step in (2, 3, 4):
+                writer.write(replace(report, step=step))
+        for step in (5, 6):
+            writer.write(replace(report, step=step))
+    assert caplog.messages == [
+        f"Cannot write the metrics to {tmp_path}: File too large; training goes on without them until there "
+        f"is room."
+    ]
+    assert "Traceback" not in capfd.readouterr().err
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 5, 6]
+    steps = {event.step for event in EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")}
+    assert steps >= {5, 6}
+
+
+@contextmanager
+def longest_file(size: int) -> Iterator[None]:
+    """Within the block the system refuses to make a file longer than that."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))  # the system's refusal of a longer file
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
-        with pytest.raises(TrainingError) as caught:
-            writer.write(replace(report, step=2))
-        with pytest.raises(TrainingError, match="Cannot write the metrics"):
-            writer.close()
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert str(caught.value) == (
-        f"Cannot write the metrics to {tmp_path}: File too large; make room and start again, "
-        f"and the run goes on from the last checkpoint."
-    )
-    assert len(boards) == 1
-    lines = (tmp_path / "metrics.jsonl").read_bytes()
-    assert lines.startswith(b'{"step": 1') and not lines.endswith(b"\n")  # cut short by the refusal
-    (tmp_path / "metrics.jsonl").write_bytes(lines + b'\n\xff\0\n7\n{"step": 3}\n{"step": 4')
+
+
+def test_damaged_lines_of_metrics_are_skipped(tmp_path: Path) -> None:
+    lines = b'{"step": 1}\n{"step": 2, "lo\n\xff\0\n7\n{"step": 3}\n{"step": 4'
+    (tmp_path / "metrics.jsonl").write_bytes(lines)
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 3]
     MetricsWriter(tmp_path, 3).close()
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 3]
@@ -274,14 +275,75 @@ def test_finished_run_started_again_says_so(config: RunConfig) -> None:
     assert pretrain(with_(config, train__checkpoint__resume=False)).steps_done == 2
 
 
-def test_non_finite_loss_stops_before_the_checkpoint_is_spoilt(
-    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+class PoisonedStep(TrainStep):
+    """Steps whose numbers are in `poisoned` see one sample that makes loss and statistics infinite or NaN."""
+
+    poisoned: ClassVar[set[int]] = set()
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, **options)
+        if self.scaler.is_enabled():  # with a scale at which nothing else overflows
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+
+    def __call__(self, batch: Batch, step: int):
+        weight = next(self.network.parameters())
+        good = weight.detach().clone()
+        if step in self.poisoned:
+            weight.data[0, 0, 0, 0] = float("nan")
+        loss = super().__call__(batch, step)
+        if step in self.poisoned:
+            weight.data.copy_(good)
+        return loss
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_non_finite_step_changes_nothing_and_is_told(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, precision: str
 ) -> None:
-    poison_weights(monkeypatch, before_step=4)
-    message = failure(with_(config, train__log_every=100, train__checkpoint__every_steps=2), TrainingError)
-    assert "loss is not finite any more at step 5 (epoch 1)" in message
-    assert "checkpoint.pt of step 4" in message
-    assert load_checkpoint(config.run_dir / "checkpoint.pt")["step"] == 4
+    """Weights, momenta, running statistics and probe; the run goes on with the next batch."""
+    config = with_(config, train__precision=precision, train__log_every=1, train__max_steps=4)
+    reports: list[StepReport] = []
+    states = {}
+    for name, poisoned in (("sound", set()), ("poisoned", {4})):
+        monkeypatch.setattr(PoisonedStep, "poisoned", poisoned)
+        monkeypatch.setattr(train.loop, "TrainStep", PoisonedStep)
+        run = with_(config, run_dir=config.run_dir / name)
+        states[name, 4] = load_checkpoint(pretrain(run).checkpoint)
+        states[name, 5] = load_checkpoint(
+            pretrain(with_(run, train__max_steps=5), on_step=reports.append).checkpoint
+        )
+    before, after = states["poisoned", 4], states["poisoned", 5]
+    for state, other in ((before, after), (states["sound", 4], before)):
+        torch.testing.assert_close(floats(state), floats(other), rtol=0, atol=0)
+    assert any((floats(before)[key] != value).any() for key, value in floats(states["sound", 5]).items())
+    assert (reports[-1].skipped_steps, reports[0].skipped_steps) == (1, 0)
+    assert "loss" not in reports[-1].record() and "loss" in reports[0].record()
+    told = [m for m in caplog.messages if m == "Step 5 was skipped: its loss or gradient is not finite."]
+    assert len(told) == (0 if precision == "fp16" else 1)
+    if precision == "fp16":
+        assert after["scaler"]["scale"] == before["scaler"]["scale"] / 2
+
+
+def floats(state: dict) -> dict[str, torch.Tensor]:
+    """What training changes, less the counters of batches, which count those of skipped steps too."""
+    momenta = {str(number): of["mu"] for number, of in state["optimizer"]["state"].items()}
+    everything = {**state["model"], **momenta, **state["probe"]}
+    return {key: value for key, value in everything.items() if value.is_floating_point()}
+
+
+@pytest.mark.parametrize("allowed", [0, 2])
+def test_run_stops_after_too_many_skipped_steps(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, allowed: int
+) -> None:
+    """In a row: two that were skipped before, and one that was not, count no more."""
+    monkeypatch.setattr(PoisonedStep, "poisoned", {0, 1, 3, *range(5, 12)} if allowed else {5})
+    monkeypatch.setattr(train.loop, "TrainStep", PoisonedStep)
+    config = with_(config, train__log_every=100, train__checkpoint__every_steps=2)
+    message = failure(with_(config, train__max_skipped_steps=allowed), TrainingError)
+    assert f"loss or its gradient is not finite any more at step {6 + allowed} (epoch " in message
+    saved = 4 + allowed
+    assert f"checkpoint.pt of step {saved}; " in message
+    assert load_checkpoint(config.run_dir / "checkpoint.pt")["step"] == saved
 
 
 def test_non_finite_weights_are_not_saved(config: RunConfig) -> None:
@@ -301,7 +363,65 @@ def test_checkpoint_that_does_not_fit_is_refused(config: RunConfig) -> None:
     assert "seed=11" in failure(with_(config, seed=12), TrainingError)
     assert "train.batch_size=8" in failure(with_(config, train__batch_size=4), TrainingError)
     checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
-    assert "damaged" in failure(config, TrainingError)
+    assert "damaged" in failure(config, TrainingError)  # and there is none before it
+
+
+def test_damaged_checkpoint_costs_the_steps_since_the_one_before(
+    config: RunConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = with_(config, train__max_steps=4, train__checkpoint__every_steps=2, train__log_every=1)
+    checkpoint = pretrain(config).checkpoint  # written after steps 2, 3 and 4: an epoch has 3
+    whole = load_checkpoint(checkpoint)["model"]
+    content = checkpoint.read_bytes()
+    checkpoint.unlink()
+    checkpoint.write_bytes(content[: len(content) // 2])
+    result = pretrain(config)
+    assert (result.step, result.steps_done) == (4, 1)
+    assert "is damaged, cut short or none at all" in caplog.text
+    assert (config.run_dir / "checkpoint.damaged.pt").stat().st_size == len(content) // 2
+    for key, value in load_checkpoint(checkpoint)["model"].items():
+        torch.testing.assert_close(value, whole[key], rtol=1e-4, atol=1e-6)
+    assert [record["step"] for record in read_metrics(config.run_dir)] == [1, 2, 3, 4]
+
+
+def test_full_disk_does_not_end_the_training(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No room for the checkpoint at the end of an epoch: it is written a step later, when there is."""
+    monkeypatch.setattr("train.checkpoint.RETRY_SECONDS", 0)
+    saved: list[int] = []
+
+    def save(state: dict, path: Path) -> None:
+        with longest_file(100_000) if state["step"] == 3 and 3 not in saved else nullcontext():
+            saved.append(state["step"])
+            save_checkpoint(state, path)
+
+    monkeypatch.setattr("train.checkpoint.save_checkpoint", save)
+    result = pretrain(with_(config, train__max_steps=5))
+    assert saved == [3, 4, 5] and result.step == 5
+    assert "checkpoint.pt: File too large; make room" in caplog.text
+    assert load_checkpoint(result.checkpoint)["step"] == 5
+    assert not list(config.run_dir.glob("*.tmp"))
+
+
+def test_checkpoint_is_written_by_the_clock(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes a minute here, and an epoch three steps."""
+    now = [0.0]
+    saved: list[int] = []
+
+    class SlowStep(TrainStep):
+        def __call__(self, batch: Batch, step: int):
+            now[0] += 60
+            return super().__call__(batch, step)
+
+    def save(state: dict, path: Path) -> None:
+        saved.append(state["step"])
+
+    monkeypatch.setattr(train.loop, "TrainStep", SlowStep)
+    monkeypatch.setattr("train.checkpoint.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("train.checkpoint.save_checkpoint", save)
+    pretrain(with_(config, train__checkpoint__every_minutes=2))
+    assert saved == [2, 3, 5, 6, 8, 9, 11, 12]
 
 
 def test_bad_input_is_told_before_training(config: RunConfig, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tools.cli_convert import add_commands as add_convert_commands
 from tools.cli_eval import eval_app
 from tools.console import (
     EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
     EXIT_SHORTFALL,
     Commands,
     leave,
@@ -29,6 +30,7 @@ from tools.options import ConfigPath, Json, Overrides
 if TYPE_CHECKING:
     from tools.profile import Profile
     from train.config import RunConfig
+    from train.loop import RunResult
 
 DEMO_CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 REQUIRED_GAIN_POINTS = 15  # of kNN accuracy by DEMO_CONFIG, which gains 27 where it was measured
@@ -46,8 +48,9 @@ app = typer.Typer(
     demo does all of it in a few minutes on drawn images.
 
     Exit codes of all commands: 0 done; 2 something in the input is wrong, said in one sentence on standard
-    error; 130 interrupted by Ctrl-C. demo ends with 1 where the training has not worked, convert where too
-    many images are bad.""",
+    error; 75 stopped by SIGTERM or SIGUSR1 with the last step saved, so that a scheduler may start the same
+    command again; 130 interrupted by Ctrl-C. demo ends with 1 where the training has not worked, convert
+    where too many images are bad.""",
 )
 add_convert_commands(app)
 app.add_typer(eval_app, name="eval")
@@ -127,7 +130,12 @@ def pretrain(
     Shows the loss and its terms, pairs of views per second, the share of the time spent waiting for data, and
     the time left.
 
-    Writes into run_dir: config.yaml (all settings), checkpoint.pt, metrics.jsonl, tensorboard/.
+    SIGTERM or SIGUSR1, to any rank, end the run after the step under way: it is saved, and the exit code is
+    75. A checkpoint that is damaged gives way to the one before it; one that cannot be written, as on a full
+    disk, is tried again while training goes on.
+
+    Writes into run_dir: config.yaml (all settings), checkpoint.pt and checkpoint.previous.pt, metrics.jsonl,
+    tensorboard/.
 
     Examples
 
@@ -151,9 +159,20 @@ def pretrain(
             f"Interrupted; the same command goes on from the last checkpoint in {run.run_dir}.",
             EXIT_INTERRUPTED,
         )
-    if not is_main:
-        return
-    if result.steps_done:
+    if is_main:
+        _tell(result, as_json=as_json)
+    if result.stopped_by is not None:
+        raise typer.Exit(EXIT_PREEMPTED)
+
+
+def _tell(result: "RunResult", *, as_json: bool) -> None:
+    if result.stopped_by is not None:
+        say(
+            f"Stopped by {result.stopped_by} after step {result.step}, which is saved in "
+            f"{result.checkpoint}; the same command goes on from there.",
+            as_json=True,
+        )
+    elif result.steps_done:
         say(f"{result.checkpoint}: step {result.step}, {result.steps_done} of them now.", as_json=as_json)
     else:
         say(f"{result.checkpoint} has seen all {result.step} steps already; nothing to do.", as_json=as_json)

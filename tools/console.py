@@ -17,6 +17,7 @@ from train.errors import USER_ERRORS
 from train.metrics import StepReport
 
 EXIT_SHORTFALL, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_PREEMPTED = 75  # sysexits.h: EX_TEMPFAIL, a failure that passes; schedulers can be told to requeue on it
 
 Progressor = Callable[[int, int], None]  # done, total
 
@@ -109,6 +110,7 @@ def describe_step(report: StepReport) -> str:
         _part("MFU {:.0%}", report.mfu),
         _part("{:.1f} GiB", report.memory_gib),
         _part("scale {:g}", report.gradient_scale),
+        _part("{:.0f} steps skipped", report.skipped_steps or None),
         _part("probe {:.1%}", report.probe_accuracy),
         _part("kNN {:.1%}", report.knn_accuracy),
         f"{timedelta(seconds=round(report.seconds_left))} left",

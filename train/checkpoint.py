@@ -1,11 +1,16 @@
 """Checkpoints: written so that a crash at any moment leaves a whole one, and read with clear errors.
 
+The last checkpoint and the one before it are kept. Every tensor in them has a checksum (the CRC-32 of the zip
+archive that `torch.save` writes), which is compared when they are read.
+
 A checkpoint is a dict: `format` (1), `config` (`RunConfig` as plain data), `model` (state dict of `Twin`),
 `optimizer`, `scaler` (empty without fp16), `step` (global steps done), `num_samples` (of the dataset) and,
 where there is one, `probe` (of the online evaluation).
 `torch.load(path, weights_only=True)` reads it.
 """
 
+import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,12 @@ from train.files import write_atomically
 
 FORMAT = 1
 CHECKPOINT_NAME = "checkpoint.pt"
+PREVIOUS, DAMAGED = "previous", "damaged"  # checkpoint.previous.pt and checkpoint.damaged.pt lie beside it
+
+RETRY_SECONDS = 30  # after a checkpoint that could not be written
+FINAL_TRIES = 10  # where the process is about to end
+
+_log = logging.getLogger(__name__)
 
 # A run may go on only with the settings that fix which samples and crops each step takes and what it learns
 # from them. These may differ; of them, precision, compile and loader change the rounding and pixels a bit.
@@ -35,6 +46,7 @@ FREE_KEYS = (
     "train.precision",
     "train.device",
     "train.log_every",
+    "train.max_skipped_steps",
     "train.compile",
     "train.cuda_graph",
     "train.wandb",
@@ -43,28 +55,101 @@ FREE_KEYS = (
 )
 
 
+class DamagedCheckpointError(TrainingError):
+    """A checkpoint that is cut short, altered, or none at all."""
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints; where that fails, training goes on, and it is tried again.
+
+    `every_minutes` after the last one, or `RETRY_SECONDS` after a failure, `is_due` says that the next one is
+    wanted. `saved_step` is that of the last good one, -1 for none.
+    """
+
+    def __init__(self, path: Path, every_minutes: float | None) -> None:
+        self.path, self.saved_step = path, -1
+        self._seconds = float("inf") if every_minutes is None else 60 * every_minutes
+        self._due = time.monotonic() + self._seconds
+
+    @property
+    def is_due(self) -> bool:
+        return time.monotonic() >= self._due
+
+    def write(self, state: dict[str, Any], *, is_last: bool) -> None:
+        """Write `state`, or warn that it cannot be done.
+
+        The last one of a process is tried `FINAL_TRIES` times; then `TrainingError` is raised.
+        """
+        for tries_left in reversed(range(FINAL_TRIES if is_last else 1)):
+            try:
+                save_checkpoint(state, self.path)
+            except TrainingError as error:
+                if is_last and not tries_left:
+                    raise
+                self._due = time.monotonic() + RETRY_SECONDS
+                goes_on = "This is" if is_last else "Training goes on, and this is"
+                _log.warning("%s %s tried again in %g s.", error, goes_on, RETRY_SECONDS)
+                if is_last:
+                    time.sleep(RETRY_SECONDS)
+            else:
+                self._due = time.monotonic() + self._seconds
+                self.saved_step = state["step"]
+                return
+
+
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
-    """Replace `path` by `state` in one atomic step that survives a power cut.
+    """Replace `path` by `state` in one atomic step that survives a power cut; what it held before is kept.
 
     Raises `TrainingError` where that fails; `path` then holds a whole checkpoint, if it held one before.
     """
     try:
-        write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+        write_atomically(
+            path, lambda file: torch.save({"format": FORMAT, **state}, file), keep=_beside(path, PREVIOUS)
+        )
     except (OSError, RuntimeError) as error:  # torch's writer turns an OSError into a RuntimeError
         raise TrainingError(
-            f"Cannot write the checkpoint {path}: {_root_cause(error)}; make room and start again, "
-            f"and the run goes on from the last checkpoint, if there is one."
+            f"Cannot write the checkpoint {path}: {_root_cause(error)}; make room, and if the run has ended, "
+            f"start it again: it goes on from the last checkpoint, if there is one."
         ) from error
 
 
+def load_last_good(path: Path) -> tuple[dict[str, Any] | None, bool]:
+    """The checkpoint at `path`, and whether it is sound; where it is not, with a warning the one before it.
+
+    (None, True) where there is neither. Raises `TrainingError` where none of those that exist can be taken.
+    """
+    previous = _beside(path, PREVIOUS)
+    if not path.exists() and not previous.exists():
+        return None, True
+    try:
+        return load_checkpoint(path), True
+    except TrainingError as error:
+        is_damaged = isinstance(error, DamagedCheckpointError)
+        if not previous.exists() or (path.exists() and not is_damaged):
+            raise
+        _log.warning("%s The run goes on from the one before it, %s.", error, previous)
+        try:
+            return load_checkpoint(previous), not is_damaged
+        except DamagedCheckpointError:
+            raise error from None
+
+
+def set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint, lest the next one put it in the place of the good one before."""
+    path.replace(_beside(path, DAMAGED))
+
+
 def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dict[str, Any]:
-    """The checkpoint at `path`. Raises `TrainingError` where the file is unreadable, cut short or foreign."""
+    """The checkpoint at `path`. Raises `TrainingError` where the file is unreadable or foreign.
+
+    `DamagedCheckpointError` where it is cut short or altered.
+    """
     try:
         state = load_intact(path, map_location)
     except OSError as error:
         raise TrainingError(f"Cannot read the checkpoint {path}: {error.strerror or error}.") from None
     except ValueError:
-        raise TrainingError(
+        raise DamagedCheckpointError(
             f"The checkpoint {path} is damaged, cut short or none at all; move it away to start anew."
         ) from None
     keys = {"format", "config", "model", "optimizer", "scaler", "step", "num_samples"}
@@ -92,6 +177,10 @@ def check_resumable(state: dict[str, Any], config: RunConfig, num_samples: int, 
             f"The checkpoint {path} was trained on {state['num_samples']} images, but data.path "
             f"{config.data.path} has {num_samples}; train on the same dataset, or choose another run_dir."
         )
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f"{path.stem}.{kind}{path.suffix}")
 
 
 def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -36,8 +36,11 @@ class OptimConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """A checkpoint is written at the end of each epoch and of the run; more often if asked."""
+    """A checkpoint is written at the end of each epoch and of the run, and more often by the clock."""
 
+    every_minutes: Annotated[float, Field(gt=0)] | None = Field(
+        15, description="Largest time between two checkpoints: what a killed run may lose."
+    )
     every_steps: Annotated[int, Field(ge=1)] | None = None
     resume: bool = Field(True, description="Go on from the run directory's last checkpoint, if it has one.")
 
@@ -67,6 +70,11 @@ class TrainConfig(Section):
     cuda_graph: bool = Field(
         False,
         description="Record the step once and replay it, which spares the host its work; one GPU only.",
+    )
+    max_skipped_steps: Annotated[int, Field(ge=0)] = Field(
+        20,
+        description="A step whose loss or gradient is not finite changes nothing. The run stops after more "
+        "such steps in a row.",
     )
     wandb: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="Project of Weights & Biases that also receives the reports."

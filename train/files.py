@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], None], keep: Path | None = None) -> None:
     """Replace `path` by what `write` puts into the file it is given; survives a crash at any moment.
 
     1. write beside it  2. flush to the disk  3. rename over it  4. flush the folder's entry
     Errors of `write` and `OSError` pass through, and nothing stays beside `path`. Up to step 3 `path` still
-    holds what it held before; where only step 4 fails it holds the new content.
+    holds what it held before, and from then on `keep` does, if given; where only step 4 fails, `path` holds
+    the new content.
     """
     beside = path.with_name(f"{path.name}.tmp")
     try:
@@ -20,6 +21,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
             write(file)  # 1
             file.flush()  # 2
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            _give_second_name(path, keep)
         beside.replace(path)  # 3
     except BaseException:
         with contextlib.suppress(OSError):  # such as where a parent of the path is a file
@@ -30,3 +33,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _give_second_name(path: Path, other: Path) -> None:
+    """Replace `other` by the file at `path`, which also stays where it is if the file system can do that."""
+    other.unlink(missing_ok=True)
+    try:
+        os.link(path, other)
+    except OSError:  # it has no hard links
+        path.replace(other)

@@ -1,9 +1,12 @@
 """The training loop: from a config to a trained twin in the run directory, on any number of ranks.
 
-The run directory holds `config.yaml`, `checkpoint.pt`, `metrics.jsonl` and `tensorboard/`.
+The run directory holds `config.yaml`, `checkpoint.pt` and the one before it, `metrics.jsonl` and
+`tensorboard/`.
 """
 
+import logging
 import math
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -16,17 +19,28 @@ from torch.nn.parallel import DistributedDataParallel
 from model.twin import Twin
 from pipelines.batch import Batch, Loader
 from pipelines.loaders import build_loader
-from train.checkpoint import CHECKPOINT_NAME, check_resumable, load_checkpoint, save_checkpoint
+from train.checkpoint import (
+    CHECKPOINT_NAME,
+    CheckpointWriter,
+    check_resumable,
+    load_last_good,
+    set_aside,
+)
 from train.config import RunConfig, save_config
 from train.distributed import World, process_group
 from train.errors import TrainingError
 from train.flop import model_flop, peak_flops
+from train.health import Health
 from train.meter import Meter, PhaseClock
 from train.metrics import MetricsWriter, StepReport
 from train.online import open_online_evaluation
+from train.preemption import News, NewsExchange, StopRequest, stop_signals_noted
 from train.step import TrainStep
 
 CONFIG_NAME = "config.yaml"
+USUAL_SKIPS = 5  # in a row, in fp16
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,15 +51,17 @@ class RunResult:
     step: int  # global steps that the checkpoint has seen
     steps_done: int  # of these, done by this call; 0 where the run had been finished before
     last_report: StepReport | None
+    stopped_by: str | None = None  # the signal that ended it before its last step, such as "SIGTERM"
 
 
 def pretrain(config: RunConfig, on_step: Callable[[StepReport], None] | None = None) -> RunResult:
     """Train as `config` says, from the run directory's checkpoint if there is one, and save the result.
 
     Under torchrun each process is one rank. On rank 0 `on_step` receives a report every `train.log_every`
-    steps. Raises `DataError`, `ModelError` or `TrainingError`, with the last checkpoint intact.
+    steps. SIGTERM or SIGUSR1, to any rank, end the run after the step under way, which is saved. Raises
+    `DataError`, `ModelError` or `TrainingError`, with the last checkpoint intact.
     """
-    with process_group(config.train.device) as world:
+    with stop_signals_noted() as stop, process_group(config.train.device) as world:
         configure_backends(config)
         loader = build_loader(
             config.data,
@@ -56,7 +72,7 @@ def pretrain(config: RunConfig, on_step: Callable[[StepReport], None] | None = N
             device=world.device,
         )
         with closing(loader):
-            return _Run(config, world, loader).train(on_step)
+            return _Run(config, world, loader, stop).train(on_step)
 
 
 def configure_backends(config: RunConfig) -> None:
@@ -78,10 +94,13 @@ def build_twin(config: RunConfig, device: torch.device) -> Twin:
 class _Run:
     """One rank's part of a run. Steps count from 0 while they are done, and as "steps done" afterwards."""
 
-    def __init__(self, config: RunConfig, world: World, loader: Loader) -> None:
-        self.config, self.world, self.loader = config, world, loader
+    def __init__(self, config: RunConfig, world: World, loader: Loader, stop: StopRequest) -> None:
+        self.config, self.world, self.loader, self.stop = config, world, loader, stop
         self.checkpoint = config.run_dir / CHECKPOINT_NAME
-        self.saved_step: int | None = None
+        self.writer = CheckpointWriter(self.checkpoint, config.train.checkpoint.every_minutes)
+        self.exchange = NewsExchange(world)
+        self.health = Health()
+        self.skipped_steps = 0
         self.total_steps = config.train.epochs * loader.steps_per_epoch
         if config.train.max_steps is not None:
             self.total_steps = min(self.total_steps, config.train.max_steps)
@@ -95,19 +114,19 @@ class _Run:
             mark=self.clock.mark,
             keep_features=self.probe is not None,
         )
-        # 0-d int64 on the device: steps done when the loss was first not finite; 0 as long as it is.
-        self.failed_step = torch.zeros((), dtype=torch.int64, device=world.device)
 
     def train(self, on_step: Callable[[StepReport], None] | None) -> RunResult:
-        """1. resume  2. step after step  3. a report now and then  4. a checkpoint now and then
+        """1. resume  2. step after step  3. the ranks tell each other how they fare, and whether to stop
+        4. a report now and then  5. a checkpoint now and then
 
-        The host does not wait for the device to finish a step: a report follows, some steps later, once its
-        values have arrived. Only before a checkpoint, and so at the end, all of them are waited for.
+        The host does not wait for the device to finish a step: news and reports follow, some steps later,
+        once their values have arrived. Only before a checkpoint, and so at the end, all reports are waited
+        for.
         """
         start = self._resume()  # 1
         if start >= self.total_steps:
             return RunResult(self.checkpoint, start, 0, None)
-        report = None
+        report = stopped_by = None
         meter = self._build_meter(start)
         with self._open_metrics(start) as write:
             for step, batch in self._batches(start, meter):
@@ -116,27 +135,40 @@ class _Run:
                 if must_report:
                     self.clock.start()
                 loss = self.train_step(batch, step)  # 2
+                meter.note(loss)
                 if self.probe is not None:
                     self.probe.learn(self.train_step.features_NF, batch.labels_N)
-                has_failed = ~torch.isfinite(loss.total) & (self.failed_step == 0)
-                self.failed_step = torch.where(has_failed, done, self.failed_step)
-                if must_report:  # 3
-                    epoch, bad = step // self.loader.steps_per_epoch, len(self.loader.bad_samples)
-                    meter.measure(done, epoch, loss, self.failed_step, bad, self.clock.take())
+                news = self._exchange_news(done)  # 3
+                self._watch_skipped_steps(news)
+                if news.stop_signal and done < self.total_steps:
+                    stopped_by = signal.Signals(news.stop_signal).name
+                is_last = stopped_by is not None or done == self.total_steps
+                must_report |= is_last
+                if must_report:  # 4
+                    meter.measure(
+                        done,
+                        step // self.loader.steps_per_epoch,
+                        loss,
+                        bad_samples=len(self.loader.bad_samples),
+                        skipped_steps=self.skipped_steps,
+                        phases=self.clock.take(),
+                    )
                 if self._is_knn_due(done):
                     self._measure_knn(meter)
-                must_save = self._is_checkpoint_due(done)
-                for report, failed in meter.reports(wait=must_save):
-                    if failed:
-                        raise self._failure("loss", failed)
+                must_save = is_last or news.wants_checkpoint or self._is_checkpoint_due(done)
+                for report in meter.reports(wait=must_save):
                     if self.world.is_main:
                         write(report)
+                        for sentence in self.health.look(report):
+                            _log.warning("Step %d: %s.", report.step, sentence)
                         if on_step is not None:
                             on_step(report)
-                if must_save:  # 4
-                    self._save(done)
+                if must_save:  # 5
+                    self._save(done, is_last)
+                if is_last:
+                    break
         last_report = report if self.world.is_main else None
-        return RunResult(self.checkpoint, self.total_steps, self.total_steps - start, last_report)
+        return RunResult(self.checkpoint, done, done - start, last_report, stopped_by)
 
     def _over_ranks(self, twin: Twin) -> nn.Module:
         """The network with gradients, and statistics of the norms in `model.sync_bn`, over all ranks."""
@@ -164,9 +196,10 @@ class _Run:
 
     def _resume(self) -> int:
         """Take over the run directory's checkpoint; returns the steps it has seen, 0 without one."""
-        state = None
-        if self.config.train.checkpoint.resume and self.checkpoint.exists():
-            state = load_checkpoint(self.checkpoint)
+        state, is_sound = None, True
+        if self.config.train.checkpoint.resume:
+            state, is_sound = load_last_good(self.checkpoint)
+        if state:
             check_resumable(state, self.config, self.loader.num_samples, self.checkpoint)
         start = state["step"] if state else 0
         if len(set(self.world.gather(start))) > 1:
@@ -174,6 +207,8 @@ class _Run:
                 f"The processes find different checkpoints in run_dir {self.config.run_dir}; "
                 f"it must be one folder that all machines share."
             )
+        if not is_sound and self.world.is_main:  # and all have looked at it
+            set_aside(self.checkpoint)
         if state:
             self.twin.load_state_dict(state["model"])
             self.train_step.optimizer.load_state_dict(state["optimizer"])
@@ -181,12 +216,29 @@ class _Run:
                 self.probe.load_state_dict(state["probe"])
             if state["scaler"] and self.train_step.scaler.is_enabled():
                 self.train_step.scaler.load_state_dict(state["scaler"])
-            self.saved_step = start
+            self.writer.saved_step = start
         return start
+
+    def _exchange_news(self, done: int) -> News:
+        """Also waits for nothing; what is not known yet is good news."""
+        is_due = self.world.is_main and self.writer.is_due
+        skipped = self.train_step.skipped_in_row
+        return self.exchange.exchange(done, self.stop.signal, is_due, self.writer.saved_step, skipped)
+
+    def _watch_skipped_steps(self, news: News) -> None:
+        if not news.skipped_in_row:
+            return
+        self.skipped_steps += 1
+        if news.skipped_in_row > self.config.train.max_skipped_steps:
+            raise self._failure("loss or its gradient", news.step, news.saved_step)
+        # In fp16 that is how the scaler finds its scale.
+        is_usual = self.train_step.scaler.is_enabled() and news.skipped_in_row < USUAL_SKIPS
+        if self.world.is_main and not is_usual:
+            _log.warning("Step %d was skipped: its loss or gradient is not finite.", news.step)
 
     def _is_report_due(self, done: int, start: int) -> bool:
         is_regular = done == start + 1 or done % self.config.train.log_every == 0
-        return is_regular or done == self.total_steps or self._is_knn_due(done)
+        return is_regular or self._is_knn_due(done)
 
     def _is_knn_due(self, done: int) -> bool:
         every = self.config.eval.online.knn_every_epochs * self.loader.steps_per_epoch
@@ -194,8 +246,7 @@ class _Run:
 
     def _is_checkpoint_due(self, done: int) -> bool:
         every = self.config.train.checkpoint.every_steps
-        is_regular = done % self.loader.steps_per_epoch == 0 or (every is not None and done % every == 0)
-        return is_regular or done == self.total_steps
+        return done % self.loader.steps_per_epoch == 0 or (every is not None and done % every == 0)
 
     def _measure_knn(self, meter: Meter) -> None:
         """Rank 0 does it, and the others wait for it in the collectives of their next step."""
@@ -221,11 +272,11 @@ class _Run:
             probe=self.probe,
             flop_per_pair=flop,
             peak_flops=peak,
+            has_correlations=config.model.loss.normalise != "none" and config.model.loss.temperature is None,
         )
 
-    def _save(self, done: int) -> None:
+    def _save(self, done: int, is_last: bool) -> None:
         """Write the checkpoint, unless the run has gone astray."""
-        self._stop_if_loss_failed()
         self._stop_if_weights_failed(done)
         if self.world.is_main:
             state = {
@@ -237,25 +288,19 @@ class _Run:
                 "num_samples": self.loader.num_samples,
                 "probe": {} if self.probe is None else self.probe.state_dict(),
             }
-            save_checkpoint(state, self.checkpoint)
-        self.saved_step = done
-
-    def _stop_if_loss_failed(self) -> None:
-        failed = self.world.maximum(self.failed_step)
-        if failed:
-            raise self._failure("loss", failed)
+            self.writer.write(state, is_last=is_last)
 
     def _stop_if_weights_failed(self, done: int) -> None:
         """A checkpoint of broken weights would be worse than none: the run could never go on from it."""
         momenta = [state["mu"] for state in self.train_step.optimizer.state.values()]
         tensors = [t for t in (*self.twin.state_dict().values(), *momenta) if t.is_floating_point()]
         if not torch.stack(torch._foreach_norm(tensors)).isfinite().all():
-            raise self._failure("state of the network", done)
+            raise self._failure("state of the network", done, self.writer.saved_step)
 
-    def _failure(self, what: str, done: int) -> TrainingError:
+    def _failure(self, what: str, done: int, saved_step: int) -> TrainingError:
         saved = "no checkpoint has been written yet"
-        if self.saved_step is not None:
-            saved = f"the last good checkpoint is {self.checkpoint} of step {self.saved_step}"
+        if saved_step >= 0:
+            saved = f"the last good checkpoint is {self.checkpoint} of step {saved_step}"
         epoch = (done - 1) // self.loader.steps_per_epoch
         return TrainingError(
             f"The {what} is not finite any more at step {done} (epoch {epoch}); {saved}; "

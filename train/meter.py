@@ -1,8 +1,11 @@
-"""Reports whose numbers the device makes and the host reads later, without waiting for the device."""
+"""Reports whose numbers the device makes and the host reads later, without waiting for the device.
+
+Shape legend: N samples of this rank, D embedding width.
+"""
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -12,57 +15,13 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from model.loss import BarlowLoss
+from model.loss.objective import EPS
 from train.metrics import StepReport
 from train.probe import OnlineProbe
+from train.readback import Readback, Stamp
 from train.step import TrainStep
 
 GIB = 2**30
-
-
-class Stamp:
-    """A moment: on a GPU when all that is queued so far will have been done, on the CPU now."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._moment: torch.cuda.Event | float = time.perf_counter()
-        if device.type == "cuda":
-            self._moment = torch.cuda.Event(enable_timing=True)
-            self._moment.record(torch.cuda.current_stream(device))
-
-    def has_come(self) -> bool:
-        return not isinstance(self._moment, torch.cuda.Event) or self._moment.query()
-
-    def wait(self) -> None:
-        if isinstance(self._moment, torch.cuda.Event):
-            self._moment.synchronize()
-
-    def seconds_since(self, earlier: "Stamp") -> float:
-        """Time between the two moments, as the device counts it; both must have come."""
-        if isinstance(self._moment, torch.cuda.Event):
-            return earlier._moment.elapsed_time(self._moment) / 1000
-        return self._moment - earlier._moment
-
-
-class Readback:
-    """The values of a 1-d tensor on their way to the host, and the moment at which they were computed.
-
-    On a GPU both are queued behind the work so far: a copy into pinned memory and an event. On the CPU the
-    values are there at once.
-    """
-
-    def __init__(self, values: Tensor) -> None:
-        self._values = values
-        if values.is_cuda:
-            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._values.copy_(values, non_blocking=True)
-        self.stamp = Stamp(values.device)
-
-    def has_arrived(self) -> bool:
-        return self.stamp.has_come()
-
-    def read(self) -> list[float]:
-        """The values; waits for them where they have not arrived."""
-        self.stamp.wait()
-        return self._values.tolist()
 
 
 class PhaseClock:
@@ -92,7 +51,7 @@ class _Measurement:
     """What is known of a report when its step has been queued, and what is still to come from the device."""
 
     known: dict[str, float]  # fields of `StepReport`
-    names: list[str]  # more of them, whose values are to come, after `failed_step`
+    names: list[str]  # more of them, whose values are to come
     values: Readback
     since: Stamp  # the speed is that of `steps` steps from then on
     steps: int
@@ -104,7 +63,8 @@ class Meter:
 
     `start` is the step from which this process trains, `batch_size` the global one. `flop_per_pair` are the
     operations of the network for one pair, and `peak_flops` what all GPUs could do per second; without both
-    no utilisation is reported.
+    no utilisation is reported. `has_correlations` says whether the terms of the loss are made of the elements
+    of C, as in the paper.
     """
 
     def __init__(
@@ -119,10 +79,13 @@ class Meter:
         probe: OnlineProbe | None = None,
         flop_per_pair: float | None = None,
         peak_flops: float | None = None,
+        has_correlations: bool = True,
     ) -> None:
         self.batch_size, self.total_steps, self.ranks = batch_size, total_steps, ranks
         self.train_step, self.probe, self.device = train_step, probe, device
         self.flop_per_pair, self.peak_flops = flop_per_pair, peak_flops
+        self.has_correlations = has_correlations
+        self.largest_loss = torch.full((), float("nan"), device=device)
         self.began = time.perf_counter()
         self.pending: deque[_Measurement] = deque()
         self.last_step = start
@@ -139,18 +102,23 @@ class Meter:
         yield
         self.waited += time.perf_counter() - began
 
+    def note(self, loss: BarlowLoss) -> None:
+        """After each step: keeps the largest loss since the last report."""
+        self.largest_loss = torch.fmax(self.largest_loss, loss.total)
+
     def measure(
         self,
         done: int,
         epoch: int,
         loss: BarlowLoss,
-        failed_step: Tensor,
-        bad_samples: int,
-        phases: list[tuple[str, Stamp]],
+        *,
+        bad_samples: int = 0,
+        skipped_steps: int = 0,
+        phases: Sequence[tuple[str, Stamp]] = (),
     ) -> None:
         """Ask for a report of the step that has just been queued, `done` steps into the run.
 
-        `failed_step` (0-d) comes back beside the report. `phases` are those of a `PhaseClock`, or none.
+        `phases` are those of a `PhaseClock`, or none.
         """
         weights, biases = self.train_step.optimizer.param_groups
         now = time.perf_counter()
@@ -162,6 +130,7 @@ class Meter:
             "lr_biases": biases["lr"],
             "data_wait_share": self.waited / (now - self.measured_at),
             "bad_samples": bad_samples,
+            "skipped_steps": skipped_steps,
             "seconds": now - self.began,
             "exposed_communication_ms": _exposed_communication_ms(self.train_step),
         }
@@ -169,26 +138,33 @@ class Meter:
             known["memory_gib"] = torch.cuda.max_memory_allocated(self.device) / GIB
         steps = done - self.last_step
         coming = dict(zip(("loss", "invariance", "redundancy"), loss, strict=True))
+        coming["largest_loss"] = self.largest_loss
+        coming |= _spread(self.train_step.z_a_ND)
+        D = self.train_step.z_a_ND.shape[1]
+        if self.has_correlations:
+            coming["diagonal_error"] = (loss.invariance / D).sqrt()
+            coming["off_diagonal"] = (loss.redundancy / max(D * (D - 1), 1)).sqrt()
         if self.train_step.scaler.is_enabled():
             # `get_scale` would wait for the device. It is a tensor since the first step.
             coming["gradient_scale"] = self.train_step.scaler._scale
         if self.probe is not None:
             coming["probe_accuracy"] = self.probe.right / (steps * self.batch_size)
-        values = Readback(torch.stack([value.double().view(()) for value in (failed_step, *coming.values())]))
+        values = Readback(torch.stack([value.double().view(()) for value in coming.values()]))
         if self.probe is not None:
             self.probe.right.zero_()
-        self.pending.append(_Measurement(known, list(coming), values, self.since, steps, phases))
+        self.largest_loss.fill_(float("nan"))
+        self.pending.append(_Measurement(known, list(coming), values, self.since, steps, list(phases)))
         self.last_step, self.measured_at, self.since, self.waited = done, now, values.stamp, 0.0
 
     def add_knn_accuracy(self, accuracy: float) -> None:
         """To the report asked for last, which must not have been given out."""
         self.pending[-1].known["knn_accuracy"] = accuracy
 
-    def reports(self, wait: bool) -> Iterator[tuple[StepReport, int]]:
-        """The reports whose values have arrived, or all of them, in order; each with its `failed_step`."""
+    def reports(self, wait: bool) -> Iterator[StepReport]:
+        """The reports whose values have arrived, or all of them, in order."""
         while self.pending and (wait or self.pending[0].values.has_arrived()):
             measured = self.pending.popleft()
-            failed_step, *values = measured.values.read()
+            values = measured.values.read()
             seconds_per_step = measured.values.stamp.seconds_since(measured.since) / measured.steps
             pairs_per_second = self.batch_size / seconds_per_step
             speed: dict[str, float] = {}
@@ -196,7 +172,7 @@ class Meter:
                 speed["pairs_per_second_per_gpu"] = pairs_per_second / self.ranks
             if self.flop_per_pair and self.peak_flops:
                 speed["mfu"] = self.flop_per_pair * pairs_per_second / self.peak_flops
-            report = StepReport(
+            yield StepReport(
                 **measured.known,
                 **dict(zip(measured.names, values, strict=True)),
                 **speed,
@@ -207,7 +183,12 @@ class Meter:
                     for (_, before), (phase, end) in pairwise(measured.phases)
                 },
             )
-            yield report, int(failed_step)
+
+
+def _spread(z_a_ND: Tensor) -> dict[str, Tensor]:
+    """How much the features of this rank's embeddings vary."""
+    variance_D = z_a_ND.float().var(dim=0, unbiased=False)
+    return {"embedding_std": variance_D.sqrt().mean(), "dead_features": (variance_D < EPS).float().mean()}
 
 
 def _exposed_communication_ms(train_step: TrainStep) -> float | None:

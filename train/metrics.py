@@ -1,17 +1,25 @@
 """What a run says about itself: `StepReport`, written as JSON lines, to TensorBoard and W&B by rank 0."""
 
 import json
+import logging
+import math
 import secrets
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from train.errors import TrainingError
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 METRICS_NAME = "metrics.jsonl"
 WANDB_NAME = "wandb-run-id.txt"
+_log = logging.getLogger(__name__)
 _NOT_DRAWN = {"step", "total_steps", "seconds_left"}  # a curve of these would say nothing
 
 
@@ -19,7 +27,7 @@ _NOT_DRAWN = {"step", "total_steps", "seconds_left"}  # a curve of these would s
 class StepReport:
     """The state of a run after `step` steps; rates and shares are over the steps since the last report.
 
-    What a run cannot know is None, and absent from its records.
+    What a run cannot know is None, and absent from its records, as is what is not finite.
     """
 
     step: int  # global steps done
@@ -44,11 +52,18 @@ class StepReport:
     gradient_scale: float | None = None  # only in fp16
     probe_accuracy: float | None = None  # of the linear probe, on samples before it learnt from them, 0 to 1
     knn_accuracy: float | None = None  # of the network after this step, 0 to 1
+    largest_loss: float | None = None  # of the steps since the last report
+    skipped_steps: int = 0  # whose gradients were not finite, since this process began to train
+    diagonal_error: float | None = None  # root mean square of 1 - C_ii; 0 where the views agree
+    off_diagonal: float | None = None  # root mean square of C_ij, i != j; 0 where all features differ
+    embedding_std: float | None = None  # of a feature over rank 0's samples, mean of all features
+    dead_features: float | None = None  # share of the features whose variance is below the loss's epsilon
 
     def record(self) -> dict[str, float]:
         """What is known, as plain numbers; those of `phase_ms` under names such as `loss_ms`."""
-        known = {name: value for name, value in vars(self).items() if value is not None}
-        return known | {f"{phase}_ms": ms for phase, ms in known.pop("phase_ms").items()}
+        known = {name: value for name, value in vars(self).items() if name != "phase_ms"}
+        known |= {f"{phase}_ms": ms for phase, ms in self.phase_ms.items()}
+        return {name: x for name, x in known.items() if x is not None and math.isfinite(x)}
 
 
 class MetricsWriter:
@@ -56,17 +71,15 @@ class MetricsWriter:
 
     Records of steps after `start_step` are dropped first: a killed run had done these steps but not saved
     them, and the resumed run does them again. W&B goes on with the run whose name the run directory holds.
-    `settings` are shown there.
+    `settings` are shown there. What cannot be written later, as on a full disk, is lost with a warning.
 
-    Raises `OSError` at first and `TrainingError` in `write` and `close`, where the disk is full, and
-    `TrainingError` where W&B is not installed or refuses the run.
+    Raises `OSError` where the files cannot be made, and `TrainingError` where W&B is not installed or refuses
+    the run.
     """
 
     def __init__(
         self, run_dir: Path, start_step: int, wandb: str | None = None, settings: dict[str, Any] | None = None
     ) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self._run_dir = run_dir
         self._wandb = None if wandb is None else _open_wandb(wandb, run_dir, settings or {})
         path = run_dir / METRICS_NAME
@@ -74,35 +87,66 @@ class MetricsWriter:
         beside = path.with_name(f"{METRICS_NAME}.tmp")
         beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         beside.replace(path)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+        self._has_lost = False
+        self._board: SummaryWriter | None = None
+        self._open_board(start_step)
 
     def write(self, report: StepReport) -> None:
         record = report.record()
-        with self._advice():
-            self._file.write(json.dumps(record) + "\n")
+        with self._losses_told():
+            # After a failure half a line may be there.
+            line = ("\n" if self._has_lost else "") + json.dumps(record) + "\n"
+            with (self._run_dir / METRICS_NAME).open("a", encoding="utf-8") as file:
+                file.write(line)
+            if self._board is None:
+                self._open_board(report.step - 1)
             for name in record.keys() - _NOT_DRAWN:
                 self._board.add_scalar(name, record[name], report.step)
+            self._has_lost = False
         if self._wandb is not None:
             self._wandb.log(record, step=report.step)
 
     def close(self) -> None:
-        """All are closed, whichever fails."""
-        with self._advice(), ExitStack() as at_the_end:
-            if self._wandb is not None:
-                at_the_end.callback(self._wandb.finish)
-            at_the_end.callback(self._board.close)
-            self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        if self._board is not None:
+            with self._losses_told():
+                self._board.close()
+
+    def _open_board(self, start_step: int) -> None:
+        _be_quiet_about_full_disks()
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=start_step + 1)
 
     @contextmanager
-    def _advice(self) -> Iterator[None]:
+    def _losses_told(self) -> Iterator[None]:
+        """A failure to write is a warning, the first of several in a row."""
         try:
             yield
         except OSError as error:
-            raise TrainingError(
-                f"Cannot write the metrics to {self._run_dir}: {error.strerror or error}; make room and "
-                f"start again, and the run goes on from the last checkpoint."
-            ) from error
+            self._board = None  # its thread has ended
+            if not self._has_lost:
+                _log.warning(
+                    "Cannot write the metrics to %s: %s; training goes on without them until there is room.",
+                    self._run_dir,
+                    error.strerror or error,
+                )
+            self._has_lost = True
+
+
+@cache
+def _be_quiet_about_full_disks() -> None:
+    """TensorBoard's thread reports a failure to write to the next call, and with a traceback besides."""
+    report = threading.excepthook
+
+    def report_others(args: threading.ExceptHookArgs) -> None:
+        if not (
+            issubclass(args.exc_type, OSError) and type(args.thread).__module__.startswith("tensorboard")
+        ):
+            report(args)
+
+    threading.excepthook = report_others
 
 
 def _open_wandb(project: str, run_dir: Path, settings: dict[str, Any]) -> Any:

@@ -16,7 +16,7 @@ class OnlineProbe:
     1. Each sample's features are brought to mean 0 and length 1, and a constant 1 for the bias follows them.
     2. The answer is the class with the largest product with its weights; it is counted as right or wrong.
     3. The gradient of the mean cross-entropy over all ranks' samples.
-    4. A step of plain gradient descent.
+    4. A step of plain gradient descent; none where the features are not finite.
     Ranks add up gradients and counts in one collective, so all of them hold the same weights, which are those
     of a single rank but for the order of summation. The weights begin at zero: no random number is drawn. The
     host waits for nothing.
@@ -45,6 +45,7 @@ class OnlineProbe:
         errors_NC = logits_NC.softmax(dim=1) - (labels_N[:, None] == self._classes_C).float()
         torch.mm(errors_NC.T, inputs_NE, out=self._sums[:-1].view(C, E))  # 3
         sum_over_ranks_(self._sums)
+        self._sums.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         self.weight_CE.add_(self._sums[:-1].view(C, E), alpha=-self._lr / (N * world_size()))  # 4
         self.right += self._sums[-1]
 

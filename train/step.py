@@ -39,7 +39,9 @@ class TrainStep:
     3. The loss of the embeddings of all pieces and ranks, and its gradient with respect to them.
     4. Backward through the last piece; then embed each of the others again and go backward through it.
        Gradients add up, and ranks exchange them once, in the last backward pass.
-    5. The optimiser's step.
+    5. The optimiser's step. Where the loss or a gradient is not finite, nothing changes: not the weights, not
+       the momenta, not the running statistics; `skipped_in_row` (0-d float32 on the device) counts such steps
+       up to the last one.
     With one piece this is plain training; with k pieces the forward pass costs (2k - 1) / k times as much,
     and the memory is that of one piece (Gao et al. 2021, "Scaling deep contrastive learning batch size under
     memory limited setup"). Without batch-norm the gradient is the one of the whole batch. Batch-norm
@@ -49,8 +51,9 @@ class TrainStep:
 
     `network` is a `Twin`, or what wraps one, on the device in channels-last format. `mark` is called with the
     name of each of `PHASES` after the step has queued that phase's work, or with "step" alone where the step
-    is replayed as a CUDA graph. With `keep_features` the backbone's features of the first view, (N, F) in the
-    order of the batch and without gradient, are in `features_NF` from the end of a step to the next one.
+    is replayed as a CUDA graph. From the end of a step to the next one, `z_a_ND` holds the embeddings of the
+    first view, without gradient and in the order of the pieces, and with `keep_features` `features_NF` those
+    of the backbone, in the order of the batch.
 
     Load the states of network and optimiser before the first step. Raises `ConfigError` where the settings do
     not fit the device or the number of ranks.
@@ -66,10 +69,13 @@ class TrainStep:
     ) -> None:
         self.network = network
         self.features_NF: Tensor
+        self.z_a_ND: Tensor
         self._device = next(network.parameters()).device
         _check(config, self._device)
         self.optimizer: Lars = build_optimizer(network, config.train.optim)
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=config.train.precision == "fp16")
+        self.skipped_in_row = torch.zeros((), device=self._device)
+        self._statistics = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
         self._config = config
         self._dtype = DTYPES[config.train.precision]
         self._steps_per_epoch = steps_per_epoch
@@ -103,6 +109,7 @@ class TrainStep:
         views_VNCHW = distort(views_VNHWC, params, self._config.data.augment, self._dtype)
         *others, last = _pieces(views_VNCHW, self._config.train.micro_batches)  # 1
         del views_VNCHW
+        held = [_flat(self._statistics)] if self._statistics else []
         self._end("augment")
 
         with torch.no_grad():
@@ -116,6 +123,7 @@ class TrainStep:
 
         z_a_ND, z_b_ND = (torch.cat(z).detach().requires_grad_() for z in zip(*embeddings, strict=True))
         loss = barlow_loss(z_a_ND, z_b_ND, self._config.model.loss)  # 3, in float32
+        self.z_a_ND = z_a_ND.detach()
         self._end("loss")
 
         self.scaler.scale(loss.total * self._gradient_share).backward()
@@ -132,8 +140,12 @@ class TrainStep:
 
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)  # 5
-        self.scaler.step(self.optimizer)
+        self.scaler.step(self.optimizer, loss.total.detach().isfinite().logical_not())
         self.scaler.update()
+        skipped = self.optimizer.skipped
+        for numbers in held:
+            _copy_flat(torch.where(skipped > 0, numbers, _flat(self._statistics)), self._statistics)
+        self.skipped_in_row.add_(1).mul_(skipped)
         self._end("optimizer")
         return torch.stack([term.detach() for term in loss])
 
@@ -196,6 +208,17 @@ def _copy_together(sources: list[Tensor], targets: list[Tensor]) -> None:
     for dtype in {source.dtype for source in sources}:  # few launches for all tensors of one dtype
         chosen = [i for i, source in enumerate(sources) if source.dtype == dtype]
         torch._foreach_copy_([targets[i] for i in chosen], [sources[i] for i in chosen])
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    """All numbers of `tensors` in one row."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def _copy_flat(numbers: Tensor, targets: list[Tensor]) -> None:
+    """The inverse of `_flat`, into the memory of `targets`."""
+    parts = numbers.split([target.numel() for target in targets])
+    torch._foreach_copy_(targets, [part.view_as(t) for part, t in zip(parts, targets, strict=True)])
 
 
 def _check(config: RunConfig, device: torch.device) -> None:
