@@ -7,7 +7,7 @@ Shape legend: T tensors of a group, R rows of `ROW` numbers in which all of them
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,16 +33,6 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> "Lars":
     )
 
 
-class _Prepared(NamedTuple):
-    """Of one group: those of its tensors that have a gradient, and what to add to their momenta."""
-
-    params: list[Tensor]
-    updates: list[Tensor]  # in groups with `adapt` after step 1, elsewhere the gradients
-    norms: Sequence[Tensor]  # of the updates; in groups with `adapt` those of the tensors before them
-    matrix_Rx: Tensor | None = None  # in groups with `adapt`, what the updates are views of: a list of
-    # factors, a 0-d tensor each, would be multiplied one by one
-
-
 class Lars(torch.optim.Optimizer):
     """For each tensor p with gradient g and momentum mu (0 at first):
 
@@ -51,9 +41,10 @@ class Lars(torch.optim.Optimizer):
     3. momentum       mu = momentum * mu + u
     4. step           p = p - lr * mu
 
-    All tensors of a group go through each operation together, and the host waits for none, so a step costs
-    the same few launches however many tensors there are. They must be dense, of one dtype and on one device.
-    Besides the momenta it needs memory for a copy of the weights' gradients, on a GPU only while it runs.
+    On a GPU all tensors of a group go through each operation together, and the host waits for none, so a step
+    costs the same few launches however many tensors there are; while it runs, it needs memory for a copy of
+    the weights' gradients. On the CPU it takes one tensor after the other, while that is in the caches, and
+    keeps memory for the largest. Tensors must be dense, of one dtype and on one device.
 
     Where a gradient is not finite, the step leaves all p and mu as they are, and `skipped` (0-d float32 on
     the device) is 1 after it; else it is 0. Works with `torch.amp.GradScaler`: call `scaler.unscale_` before
@@ -77,7 +68,7 @@ class Lars(torch.optim.Optimizer):
         self.skipped: Tensor
         self._rates: list[Tensor] | None = None  # 0-d on the device, one for each group
         self._row_tensors: dict[tuple[int, ...], Tensor] = {}  # by sizes: the tensor of each row, int64 (R,)
-        self._matrices: dict[int, Tensor] = {}  # by rows, on the CPU
+        self._scratch: Tensor | None = None  # (rows of the largest tensor, ROW), on the CPU
 
     def keep_rates_on_device(self) -> None:
         """Read the rates from the device: a CUDA graph would repeat a number of the host for ever."""
@@ -95,53 +86,63 @@ class Lars(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, skip: Tensor | None = None) -> None:
-        """All groups take it, or none of them: `skip` (0-d bool on the device) is a reason for none."""
-        prepared = [self._prepare(group) for group in self.param_groups]
-        # A norm is finite only where all the numbers behind it are.
-        norms = torch.stack([norm for group in prepared for norm in group.norms])
-        has_failed = (norms.sum() < float("inf")).logical_not()
-        self.skipped = (has_failed if skip is None else has_failed | skip).float()
-        norms_of_groups = norms.split([len(group.norms) for group in prepared])
-        for number, (group, (params, updates, _, matrix_Rx)) in enumerate(
-            zip(self.param_groups, prepared, strict=True)
-        ):
-            if not params:
-                continue
-            if matrix_Rx is not None:
-                norm_2T = norms_of_groups[number].view(2, -1)
-                factor_T = torch.where((norm_2T > 0).all(0), group["eta"] * norm_2T[0] / norm_2T[1], 1.0)
-                matrix_Rx.mul_(factor_T[self._rows_of(params)].unsqueeze(1))  # 2
-            # Steps 3 and 4, and 1 for the others, are those of stochastic gradient descent.
-            torch._fused_sgd_(
-                params,
-                updates,
-                [self.state[p]["mu"] for p in params],
-                lr=group["lr"] if self._rates is None else self._rates[number],
-                momentum=group["momentum"],
-                weight_decay=0.0 if group["adapt"] else group["weight_decay"],
-                dampening=0.0,
-                nesterov=False,
-                maximize=False,
-                is_first_step=False,
-                found_inf=self.skipped,
-            )
+        """All tensors take it, or none of them: `skip` (0-d bool on the device) is a reason for none."""
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        # The sum of the norms is finite only where all gradients are, and 0 times anything else is not 0.
+        norm = torch.stack(torch._foreach_norm(grads)).sum().float()
+        self.skipped = torch.nan_to_num(0 * norm, nan=1.0)
+        if skip is not None:
+            self.skipped = torch.maximum(self.skipped, skip)
+        for number, group in enumerate(self.param_groups):
+            lr = group["lr"] if self._rates is None else self._rates[number]
+            self._step_group(group, lr)
 
-    def _prepare(self, group: dict[str, Any]) -> _Prepared:
+    def _step_group(self, group: dict[str, Any], lr: float | Tensor) -> None:
         params = [p for p in group["params"] if p.grad is not None]
+        for together in _split(params):
+            self._step_together(together, group, lr)
+
+    def _step_together(self, params: Sequence[Tensor], group: dict[str, Any], lr: float | Tensor) -> None:
         for p in params:
             if "mu" not in self.state[p]:
                 self.state[p]["mu"] = torch.zeros_like(p)
-        grads = [_laid_out_like(p, p.grad) for p in params]
-        if not group["adapt"] or not params:
-            return _Prepared(params, grads, torch._foreach_norm(grads) if params else ())
-        matrix_Rx = self._matrix(params)
+        updates = [_laid_out_like(p, p.grad) for p in params]
+        if group["adapt"]:
+            updates = self._adapted(params, updates, group["weight_decay"], group["eta"])  # 1, 2
+        # Steps 3 and 4, and 1 for the others, are those of stochastic gradient descent.
+        torch._fused_sgd_(
+            params,
+            updates,
+            [self.state[p]["mu"] for p in params],
+            lr=lr,
+            momentum=group["momentum"],
+            weight_decay=0.0 if group["adapt"] else group["weight_decay"],
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+            found_inf=self.skipped,
+        )
+
+    def _adapted(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], weight_decay: float, eta: float
+    ) -> list[Tensor]:
+        """The updates after steps 1 and 2.
+
+        They are views of one matrix: a list of factors, a 0-d tensor each, would be multiplied one by one.
+        """
+        row_tensor_R = self._rows_of(params)
+        matrix_Rx = self._matrix(len(row_tensor_R), params[0])
         updates, start = [], 0
         for p in params:
             updates.append(matrix_Rx.as_strided(p.size(), p.stride(), start))
             start += _rows(p) * ROW
         torch._foreach_copy_(updates, grads)
-        torch._foreach_add_(updates, params, alpha=group["weight_decay"])  # 1
-        return _Prepared(params, updates, torch._foreach_norm([*params, *updates]), matrix_Rx)
+        torch._foreach_add_(updates, params, alpha=weight_decay)  # 1
+        norm_2T = torch.stack(torch._foreach_norm([*params, *updates])).view(2, -1)
+        factor_T = torch.where((norm_2T > 0).all(0), eta * norm_2T[0] / norm_2T[1], 1.0)
+        matrix_Rx.mul_(factor_T[row_tensor_R].unsqueeze(1))  # 2
+        return updates
 
     def _rows_of(self, params: Sequence[Tensor]) -> Tensor:
         """For each row of the matrix of updates, which of `params` it belongs to: int64 (R,)."""
@@ -151,15 +152,18 @@ class Lars(torch.optim.Optimizer):
             self._row_tensors[sizes] = row_tensor_R.to(params[0].device)
         return self._row_tensors[sizes]
 
-    def _matrix(self, params: Sequence[Tensor]) -> Tensor:
+    def _matrix(self, rows: int, like: Tensor) -> Tensor:
         """Uninitialised. The CPU has no pool of memory, and fresh pages cost more than the arithmetic."""
-        rows, like = len(self._rows_of(params)), params[0]
-        if rows in self._matrices:
-            return self._matrices[rows]
-        matrix_Rx = like.new_empty(rows, ROW)
-        if not like.is_cuda:
-            self._matrices[rows] = matrix_Rx
-        return matrix_Rx
+        if like.is_cuda:
+            return like.new_empty(rows, ROW)
+        if self._scratch is None or len(self._scratch) < rows:
+            self._scratch = like.new_empty(rows, ROW)
+        return self._scratch[:rows]
+
+
+def _split(params: list[Tensor]) -> list[list[Tensor]]:
+    """Which of them are taken together."""
+    return [params] if params and params[0].is_cuda else [[p] for p in params]
 
 
 def _rows(p: Tensor) -> int:
