@@ -16,11 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 from model.twin import Twin
 from pipelines.batch import Batch, Loader
 from pipelines.loaders import build_loader
-from train.checkpoint import CHECKPOINT_NAME, check_resumable, load_checkpoint, save_checkpoint
+from train.checkpoint import CHECKPOINT_NAME, check_fits, check_resumable, load_checkpoint, save_checkpoint
 from train.config import RunConfig, save_config
 from train.distributed import World, process_group
 from train.errors import TrainingError
 from train.flop import model_flop, peak_flops
+from train.initial_weights import load_initial_weights
 from train.meter import Meter, PhaseClock
 from train.metrics import MetricsWriter, StepReport
 from train.online import open_online_evaluation
@@ -163,11 +164,15 @@ class _Run:
                 yield step, batch
 
     def _resume(self) -> int:
-        """Take over the run directory's checkpoint; returns the steps it has seen, 0 without one."""
+        """Take over the run directory's checkpoint; returns the steps it has seen, 0 without one.
+
+        Without one the weights are those of `train.initial_weights`, or as drawn.
+        """
         state = None
         if self.config.train.checkpoint.resume and self.checkpoint.exists():
             state = load_checkpoint(self.checkpoint)
             check_resumable(state, self.config, self.loader.num_samples, self.checkpoint)
+            check_fits(state, self.twin, self.train_step.optimizer, self.checkpoint)
         start = state["step"] if state else 0
         if len(set(self.world.gather(start))) > 1:
             raise TrainingError(
@@ -182,6 +187,8 @@ class _Run:
             if state["scaler"] and self.train_step.scaler.is_enabled():
                 self.train_step.scaler.load_state_dict(state["scaler"])
             self.saved_step = start
+        else:
+            load_initial_weights(self.twin, self.config, self.world)
         return start
 
     def _is_report_due(self, done: int, start: int) -> bool:
