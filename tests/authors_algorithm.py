@@ -1,7 +1,7 @@
 """The Barlow Twins authors' training step, in our own words, to compare with; it shares no code with ours.
 
-It follows facebookresearch/barlowtwins, main.py: network, loss, LARS and learning rates, in the precision that
-the weights have. Several ranks are threads of this process. They share one set of weights, which would be
+It follows facebookresearch/barlowtwins, main.py: network, loss, LARS and learning rates, in the precision
+of the weights. Several ranks are threads of this process. They share one set of weights, which would be
 equal on all of them anyway, and each differentiates the loss of its own rows.
 
 Shape legend: W ranks, V views (2), N samples of the global batch, n of a rank, C channels, D embedding width.

@@ -1,9 +1,8 @@
 """Twenty steps in float64 follow the authors' algorithm (`authors_algorithm.py`), on any number of ranks."""
 
-from collections.abc import Callable
 from functools import cache
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -115,19 +114,17 @@ def distance(course: Course, reference: Course) -> float:
     return torch.stack(differences).max().item()
 
 
-CASES = [  # rates, ranks, norm, algorithm
-    (1, 1, "twin", "dense"),
-    (1, 4, "torch", "gram"),
-    (40, 1, "torch", "dense"),
-    (40, 1, "twin", "gram"),
-    (40, 2, "twin", "sharded"),
-    (40, 2, "torch", "dense"),
-    (40, 4, "twin", "gram"),
-    (40, 4, "torch", "sharded"),
-]
-
-
-@pytest.mark.parametrize(("rates", "world_size", "norm", "algorithm"), CASES)
+@pytest.mark.parametrize(
+    ("rates", "world_size", "norm", "algorithm"),
+    [
+        (1, 1, "torch", "dense"),
+        (1, 1, "twin", "gram"),
+        (40, 2, "twin", "sharded"),
+        (40, 2, "torch", "dense"),
+        (40, 4, "twin", "dense"),
+        (40, 4, "torch", "gram"),
+    ],
+)
 def test_losses_weights_and_statistics_are_the_authors(
     rates: float, world_size: int, norm: str, algorithm: str
 ) -> None:
@@ -136,4 +133,34 @@ def test_losses_weights_and_statistics_are_the_authors(
     optim = {"lr_weights": 0.2 * rates, "lr_biases": 0.0048 * rates} if rates != 1 else {}
     course, reference = ours(configure({"norm": norm}, loss, **optim)), theirs(world_size, rates)
     assert reference.state.keys() - course.state.keys() == {f"bn.{name}" for name in BN_BUFFERS}
+    assert distance(course, Course(reference.losses_S, start())) > 1  # the weights have moved
     assert distance(course, reference) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("loss", "optim"),
+    [
+        ({"reference_world_size": 2}, {}),
+        ({"off_diagonal_weight": 0.005}, {}),
+        ({}, {"weight_decay": 0}),
+        ({}, {"eta": 0.00101}),
+        ({}, {"warmup_epochs": 9}),
+    ],
+)
+def test_any_other_setting_is_far_from_the_authors(loss: dict, optim: dict) -> None:
+    assert distance(ours(configure(loss=loss, **optim)), theirs(1, 1)) > 1000 * TOLERANCE
+
+
+def test_true_gradient_is_not_that_of_several_ranks() -> None:
+    optim = {"lr_weights": 8.0, "lr_biases": 0.192}
+    assert distance(ours(configure(**optim)), theirs(4, 40)) > 0.1
+
+
+def test_step_that_the_benchmark_measures_is_the_authors(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configure({"norm": "torch"})
+    monkeypatch.setattr("tools.bench.step_authors.Twin", lambda _: DoubleTwin(config))
+    bench = AuthorsStep(config, torch.device("cpu"), steps_per_epoch=1)
+    bench.network.load_state_dict(start())
+    bench.loss.double()
+    losses = [bench(views_of(batch), number) for number, batch in enumerate(batches())]
+    assert distance(Course(torch.stack(losses), bench.network.state_dict()), theirs(1, 1)) < TOLERANCE

@@ -111,7 +111,7 @@ def check_resumable(state: dict[str, Any], config: RunConfig, num_samples: int, 
 
 
 def check_fits(state: dict[str, Any], twin: Twin, optimizer: Lars, path: Path) -> None:
-    """Raise `TrainingError` unless the tensors in `state` are those of `twin` and `optimizer`, by name and shape.
+    """Raise `TrainingError` unless `state` has the tensors of `twin` and `optimizer`, by name and shape.
 
     Those of an intact checkpoint are, where `check_resumable` has found nothing.
     """
