@@ -184,11 +184,10 @@ def test_what_does_not_fit_is_one_sentence(config: RunConfig, tmp_path: Path) ->
 
     def refusal(**changes: object) -> str:
         changed = config.model.model_copy(update=changes)
-        twin = Twin(changed)
-        before = {name: value.clone() for name, value in twin.state_dict().items()}
+        with torch.device("meta"):
+            twin = Twin(changed)
         with pytest.raises(ModelError) as caught:
             start_from(twin, changed, path)
-        assert all(torch.equal(twin.state_dict()[name], value) for name, value in before.items())
         message = str(caught.value)
         assert str(path) in message and "\n" not in message and message.endswith(".")
         return message
@@ -198,6 +197,9 @@ def test_what_does_not_fit_is_one_sentence(config: RunConfig, tmp_path: Path) ->
     assert "the run's backbone is resnet18 with the small stem" in refusal(small_stem=True)
     assert "has the widths 10-12-9, but model.projector is 10-12" in refusal(projector="10-12")
     state = Wrapped(model).state_dict()
+    for name in state:
+        if ".backbone." in name:
+            state[name] = torch.zeros((), dtype=state[name].dtype).expand_as(state[name])  # a few bytes
     last = "module.projector.6.weight"
     for changed, words in (
         ({last: torch.zeros(9, 11)}, "of another shape projector.6.weight (9, 11) instead of (9, 12)"),
@@ -213,7 +215,7 @@ def test_what_does_not_fit_is_one_sentence(config: RunConfig, tmp_path: Path) ->
         assert words in refusal()
     del state[last]
     save_as_theirs(model, path, model=state)
-    assert "has the widths 10-12," in refusal() or "holds no projector" in refusal()
+    assert "unexpected projector.4.weight" in refusal()
 
 
 @pytest.mark.parametrize(
@@ -226,7 +228,7 @@ def test_what_does_not_fit_is_one_sentence(config: RunConfig, tmp_path: Path) ->
 )
 def test_export_refuses_an_optimiser_of_another_network(tmp_path: Path, optimizer: object) -> None:
     save_as_theirs(random_authors_model(), tmp_path / "checkpoint.pth", optimizer=optimizer)
-    with pytest.raises(ModelError, match="The optimiser's state in .* does not fit its network"):
+    with pytest.raises(ModelError, match=r"The optimiser's state in \S* does not fit its network"):
         export_twin(tmp_path / "checkpoint.pth", tmp_path / "again.pth")
     assert not (tmp_path / "again.pth").exists()
 
@@ -237,7 +239,7 @@ def test_backbones_have_torchvisions_names_and_shapes_without_the_classifier(nam
         theirs = getattr(torchvision.models, name)().state_dict()
         for norm in ("twin", "torch"):
             ours = build_backbone(name, norm=norm).state_dict()
-            assert list(ours) + ["fc.weight", "fc.bias"] == list(theirs)
+            assert [*ours, "fc.weight", "fc.bias"] == list(theirs)
             assert all(value.shape == theirs[key].shape for key, value in ours.items())
 
 
