@@ -15,7 +15,6 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from model.backbones import build_backbone
 from model.errors import ModelError
 from model.tensor_files import read_tensor_file
 from model.weights import load_backbone
@@ -134,14 +133,13 @@ def rewritten(source: Path, target: Path, compression: int = zipfile.ZIP_STORED)
 
 def test_archives_that_swell_are_refused(tmp_path: Path) -> None:
     plain, stored, bomb = (tmp_path / f"{name}.pth" for name in ("plain", "stored", "bomb"))
-    state = {name: torch.zeros_like(value) for name, value in build_backbone("resnet18").state_dict().items()}
-    torch.save(state, plain)
+    torch.save({"conv1.weight": torch.zeros(10**6)}, plain)
     rewritten(plain, stored)
-    load_backbone(stored)  # it is the compression that is refused
+    assert read_tensor_file(stored).content["conv1.weight"].shape == (10**6,)  # only compression is refused
     rewritten(plain, bomb, zipfile.ZIP_DEFLATED)
     assert bomb.stat().st_size < plain.stat().st_size / 50
     with pytest.raises(ModelError, match="is damaged, cut short or no file of weights"):
-        load_backbone(bomb)
+        read_tensor_file(bomb)
 
 
 def test_tensors_that_claim_more_than_there_is_are_refused(tmp_path: Path) -> None:
