@@ -1,17 +1,18 @@
-"""Trained backbones on disk: the run's checkpoint, and state dicts in torchvision's layout.
+"""Trained backbones on disk: the run's checkpoint, the authors' files, and exported ones.
 
-Three kinds of file are read, none of which can run code:
+Four kinds of file are read, none of which can run code:
 
 1. a checkpoint of `train.checkpoint` (`checkpoint.pt`): the architecture is the one in its config
-2. a state dict in torchvision's layout (`.pth`, also the authors' `resnet50.pth`)
-3. the same tensors as `.safetensors`
+2. a checkpoint of the authors' code (`checkpoint.pth`), or the state dict of a whole twin
+3. a state dict of a ResNet in torchvision's layout (`.pth`, also the authors' `resnet50.pth`)
+4. the tensors of 2 or 3 as `.safetensors`
 
-For 2 and 3 the architecture is the one whose tensor names and shapes are in the file; a classifier (`fc.*`)
-is left out.
+For 2 to 4 the architecture is the one whose tensor names and shapes are in the file; a classifier (`fc.*`)
+is left out. `model.twin_weights` reads the projector of the same files.
 """
 
 import json
-import zipfile
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -19,11 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from model.authors_layout import BACKBONE, network_state
 from model.backbones import BACKBONES, build_backbone
 from model.errors import ModelError
+from model.tensor_files import TensorFile, damaged, read_tensor_file
 
 NUM_NAMED = 3  # tensors named in an error message, per kind of mismatch
 
@@ -50,7 +52,7 @@ class BackboneWeights:
 
     @property
     def architecture(self) -> str:
-        return _describe(self.name, self.small_stem)
+        return describe_architecture(self.name, self.small_stem)
 
     def build(self) -> nn.Module:
         """The backbone in evaluation mode, float32, on the CPU; maps (N, 3, H, W) to (N, `feature_dim`)."""
@@ -68,112 +70,81 @@ def load_backbone(path: Path) -> nn.Module:
 def read_weights(path: Path) -> BackboneWeights:
     """The backbone in the file at `path`, on the CPU.
 
-    Raises `ModelError` where the file is missing, damaged, holds no ResNet, or holds tensors that do not fit
-    the architecture.
+    Raises `ModelError` where the file is missing, damaged, would run code, holds no ResNet, or holds tensors
+    that do not fit the architecture.
     """
     path = Path(path)
-    if path.suffix == ".safetensors":
-        content, normalisation = _read_safetensors(path)
-    else:
-        content, normalisation = _read_pickle(path), IMAGENET
-    if isinstance(content, Mapping) and {"config", "model"} <= content.keys():
-        return _from_checkpoint(content, path)
-    return _from_state_dict(content, normalisation, path)
+    return backbone_weights(read_tensor_file(path), path)
 
 
-def load_intact(path: Path, map_location: torch.device | str = "cpu") -> Any:
-    """What `torch.save` wrote to `path`, its checksums compared, which `torch.load` itself does not.
-
-    Files of before torch 1.6 have none. Raises `OSError` where the file cannot be read, and `ValueError`
-    where it is damaged, of another kind, or would run code.
-    """
-    with path.open("rb") as file:
-        is_archive = file.read(4) == b"PK\x03\x04"
-    try:
-        if is_archive:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise ValueError(f"{damaged} does not have its checksum")
-        return torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:  # damaged bytes make the reader fail in a dozen different ways
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _read_pickle(path: Path) -> Any:
-    try:
-        return load_intact(path)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    except ValueError as error:
-        raise _damaged(path) from error
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Normalisation]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    except SafetensorError as error:
-        raise _damaged(path) from error
-    try:
-        mean, std = (
-            tuple(map(float, json.loads(metadata.get(key, json.dumps(default)))))
-            for key, default in IMAGENET._asdict().items()
-        )
-    except (ValueError, TypeError) as error:
-        raise _damaged(path) from error
-    return state, Normalisation(mean, std)
-
-
-def _from_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> BackboneWeights:
-    try:
-        model, augment = checkpoint["config"]["model"], checkpoint["config"]["data"]["augment"]
-        name, small_stem = model["backbone"], model["small_stem"]
-        normalisation = Normalisation(tuple(augment["mean"]), tuple(augment["std"]))
-        eval_settings = checkpoint["config"].get("eval")
-        shapes = _shapes_of(name, small_stem)
-        prefix = "backbone."
-        state = {k.removeprefix(prefix): v for k, v in checkpoint["model"].items() if k.startswith(prefix)}
-    except (KeyError, TypeError, AttributeError) as error:
+def backbone_weights(file: TensorFile, path: Path) -> BackboneWeights:
+    """The backbone in what was read from `path`. Raises `ModelError` as `read_weights`."""
+    network = network_state(file.content)
+    if network is None:
         raise ModelError(
-            f"{path} is not a checkpoint of fastbarlow: its config names no known backbone; "
-            f"pass the run's checkpoint.pt or an exported file."
+            f"{path} holds neither a checkpoint of fastbarlow nor a ResNet in torchvision's or the authors' "
+            f"layout; pass the run's checkpoint.pt or an exported file."
+        )
+    state = {name.removeprefix(BACKBONE): v for name, v in network.items() if name.startswith(BACKBONE)}
+    if {"config", "model"} <= file.content.keys():
+        return _from_checkpoint(file.content["config"], state, path)
+    return _from_state_dict(state, _normalisation_in(file.metadata, path), path)
+
+
+def _from_checkpoint(config: Any, state: dict[str, Tensor], path: Path) -> BackboneWeights:
+    try:
+        model, augment = config["model"], config["data"]["augment"]
+        name, small_stem = model["backbone"], model["small_stem"]
+        normalisation = _checked(augment["mean"], augment["std"])
+        eval_settings = config.get("eval")
+        shapes = _shapes_of(name, small_stem)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"{path} is not a checkpoint of fastbarlow: its config names no known backbone, or no "
+            f"normalisation; pass the run's checkpoint.pt or an exported file."
         ) from error
-    state = _with_counters(state, shapes)
-    weights = BackboneWeights(name, small_stem, normalisation, state, eval_settings)
-    differences = _differences(weights.state, shapes)
-    if differences:
+    weights = BackboneWeights(name, small_stem, normalisation, with_counters(state, shapes), eval_settings)
+    found = differences(weights.state, shapes)
+    if found:
         raise ModelError(
             f"The config in {path} says {weights.architecture}, but its backbone does not fit that: "
-            f"{differences}; pass an intact checkpoint."
+            f"{found}; pass an intact checkpoint."
         )
     return weights
 
 
-def _from_state_dict(content: Any, normalisation: Normalisation, path: Path) -> BackboneWeights:
-    is_state = isinstance(content, Mapping) and all(isinstance(value, Tensor) for value in content.values())
-    if not is_state or "conv1.weight" not in content:
-        raise ModelError(
-            f"{path} holds neither a checkpoint of fastbarlow nor a ResNet in torchvision's layout; "
-            f"pass the run's checkpoint.pt or an exported file."
-        )
-    state = {key: value for key, value in content.items() if not key.startswith("fc.")}
+def _from_state_dict(state: dict[str, Tensor], normalisation: Normalisation, path: Path) -> BackboneWeights:
     found = {(key, tuple(value.shape)) for key, value in state.items()}
     candidates = {
         (name, small_stem): _shapes_of(name, small_stem) for name in BACKBONES for small_stem in (False, True)
     }
     (name, small_stem), shapes = min(candidates.items(), key=lambda item: len(found ^ set(item[1].items())))
-    weights = BackboneWeights(name, small_stem, normalisation, _with_counters(state, shapes))
-    differences = _differences(weights.state, shapes)
-    if differences:
+    weights = BackboneWeights(name, small_stem, normalisation, with_counters(state, shapes))
+    misfit = differences(weights.state, shapes)
+    if misfit:
         raise ModelError(
-            f"{path} is most like {weights.architecture}, but does not fit that: {differences}; "
+            f"{path} is most like {weights.architecture}, but does not fit that: {misfit}; "
             f"pass a backbone of one of the architectures {', '.join(BACKBONES)}."
         )
     return weights
+
+
+def _normalisation_in(metadata: Mapping[str, str], path: Path) -> Normalisation:
+    try:
+        mean, std = (
+            json.loads(metadata.get(key, json.dumps(default))) for key, default in IMAGENET._asdict().items()
+        )
+        return _checked(mean, std)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise damaged(path) from error
+
+
+def _checked(mean: Any, std: Any) -> Normalisation:
+    """Raises `ValueError` or `TypeError` unless these are a mean and a deviation for each colour."""
+    mean, std = tuple(map(float, mean)), tuple(map(float, std))
+    if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+        raise ValueError(f"mean {mean} and deviation {std} do not normalise three colours")
+    return Normalisation(mean, std)
 
 
 @cache
@@ -182,13 +153,13 @@ def _shapes_of(name: str, small_stem: bool) -> dict[str, tuple[int, ...]]:
         return {k: tuple(v.shape) for k, v in build_backbone(name, small_stem).state_dict().items()}
 
 
-def _with_counters(state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def with_counters(state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """`state` with the step counters of batch-norm, which old files lack and evaluation does not use."""
     counters = {key for key in shapes if key.endswith(".num_batches_tracked")}
     return state | {key: torch.tensor(0) for key in counters - state.keys()}
 
 
-def _differences(state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> str:
+def differences(state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> str:
     """What keeps `state` from fitting `shapes`, with the first few names; empty where it fits."""
     missing = [key for key in shapes if key not in state]
     unexpected = [key for key in state if key not in shapes]
@@ -206,16 +177,5 @@ def _first(names: list[str]) -> str:
     return ", ".join(names[:NUM_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _describe(name: str, small_stem: bool) -> str:
+def describe_architecture(name: str, small_stem: bool) -> str:
     return f"{name} with the small stem" if small_stem else name
-
-
-def _unreadable(path: Path, error: OSError) -> ModelError:
-    reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror or error
-    return ModelError(f"Cannot read the weights {path}: {reason}; pass a checkpoint.pt or an exported file.")
-
-
-def _damaged(path: Path) -> ModelError:
-    return ModelError(
-        f"{path} is damaged, cut short or no file of weights; pass a checkpoint.pt or an exported file."
-    )

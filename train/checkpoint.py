@@ -16,10 +16,13 @@ from typing import Any
 
 import torch
 
-from model.weights import load_intact
+from model.tensor_files import UnsafeFileError, is_plain, load_intact
+from model.twin import Twin
+from model.weights import differences
 from train.config import RunConfig
 from train.errors import TrainingError
 from train.files import write_atomically
+from train.optim import Lars
 
 FORMAT = 1
 CHECKPOINT_NAME = "checkpoint.pt"
@@ -29,6 +32,15 @@ RETRY_SECONDS = 30  # after a checkpoint that could not be written
 FINAL_TRIES = 10  # where the process is about to end
 
 _log = logging.getLogger(__name__)
+KINDS = {
+    "format": int,
+    "config": dict,
+    "model": dict,
+    "optimizer": dict,
+    "scaler": dict,
+    "step": int,
+    "num_samples": int,
+}
 
 # A run may go on only with the settings that fix which samples and crops each step takes and what it learns
 # from them. These may differ; of them, precision, compile and loader change the rounding and pixels a bit.
@@ -148,12 +160,16 @@ def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dic
         state = load_intact(path, map_location)
     except OSError as error:
         raise TrainingError(f"Cannot read the checkpoint {path}: {error.strerror or error}.") from None
+    except UnsafeFileError:
+        raise TrainingError(
+            f"The checkpoint {path} names more than tensors and plain data, which could run code, and is not "
+            f"read; move it away to start anew."
+        ) from None
     except ValueError:
         raise DamagedCheckpointError(
             f"The checkpoint {path} is damaged, cut short or none at all; move it away to start anew."
         ) from None
-    keys = {"format", "config", "model", "optimizer", "scaler", "step", "num_samples"}
-    if not isinstance(state, dict) or not keys <= state.keys():
+    if not isinstance(state, dict) or any(not isinstance(state.get(key), k) for key, k in KINDS.items()):
         raise TrainingError(f"{path} is not a checkpoint of fastbarlow; move it away to start anew.")
     if state["format"] != FORMAT:
         raise TrainingError(
@@ -176,6 +192,31 @@ def check_resumable(state: dict[str, Any], config: RunConfig, num_samples: int, 
         raise TrainingError(
             f"The checkpoint {path} was trained on {state['num_samples']} images, but data.path "
             f"{config.data.path} has {num_samples}; train on the same dataset, or choose another run_dir."
+        )
+
+
+def check_fits(state: dict[str, Any], twin: Twin, optimizer: Lars, path: Path) -> None:
+    """Raise `TrainingError` unless `state` has the tensors of `twin` and `optimizer`, by name and shape.
+
+    Those of an intact checkpoint are, where `check_resumable` has found nothing.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    shapes_P = [p.shape for group in optimizer.param_groups for p in group["params"]]
+    is_fit = all(map(is_plain, state["model"].values())) and not differences(
+        state["model"], {name: tuple(value.shape) for name, value in twin.state_dict().items()}
+    )
+    try:
+        saved = state["optimizer"]["param_groups"]
+        is_fit &= [group["params"] for group in saved] == [group["params"] for group in groups]
+        is_fit &= all(then.keys() == now.keys() for then, now in zip(saved, groups, strict=True))
+        for number, of_parameter in state["optimizer"]["state"].items():
+            is_fit &= is_plain(of_parameter["mu"]) and of_parameter["mu"].shape == shapes_P[number]
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        is_fit = False
+    if not is_fit:
+        raise TrainingError(
+            f"The tensors in the checkpoint {path} are not those of the network that its own config names; "
+            f"move it away to start anew."
         )
 
 

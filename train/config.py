@@ -79,6 +79,12 @@ class TrainConfig(Section):
     wandb: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="Project of Weights & Biases that also receives the reports."
     )
+    initial_weights: Path | None = Field(
+        None,
+        description="Start a new run from the weights in this file: a checkpoint of fastbarlow or of the "
+        "authors, or a backbone alone, which leaves the projector as drawn. A run that goes on from its own "
+        "checkpoint does not read it.",
+    )
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 

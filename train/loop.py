@@ -22,6 +22,7 @@ from pipelines.loaders import build_loader
 from train.checkpoint import (
     CHECKPOINT_NAME,
     CheckpointWriter,
+    check_fits,
     check_resumable,
     load_last_good,
     set_aside,
@@ -31,6 +32,7 @@ from train.distributed import World, process_group
 from train.errors import TrainingError
 from train.flop import model_flop, peak_flops
 from train.health import Health
+from train.initial_weights import load_initial_weights
 from train.meter import Meter, PhaseClock
 from train.metrics import MetricsWriter, StepReport
 from train.online import open_online_evaluation
@@ -195,12 +197,16 @@ class _Run:
                 yield step, batch
 
     def _resume(self) -> int:
-        """Take over the run directory's checkpoint; returns the steps it has seen, 0 without one."""
+        """Take over the run directory's checkpoint; returns the steps it has seen, 0 without one.
+
+        Without one the weights are those of `train.initial_weights`, or as drawn.
+        """
         state, is_sound = None, True
         if self.config.train.checkpoint.resume:
             state, is_sound = load_last_good(self.checkpoint)
         if state:
             check_resumable(state, self.config, self.loader.num_samples, self.checkpoint)
+            check_fits(state, self.twin, self.train_step.optimizer, self.checkpoint)
         start = state["step"] if state else 0
         if len(set(self.world.gather(start))) > 1:
             raise TrainingError(
@@ -217,6 +223,8 @@ class _Run:
             if state["scaler"] and self.train_step.scaler.is_enabled():
                 self.train_step.scaler.load_state_dict(state["scaler"])
             self.writer.saved_step = start
+        else:
+            load_initial_weights(self.twin, self.config, self.world)
         return start
 
     def _exchange_news(self, done: int) -> News:
