@@ -29,6 +29,8 @@ from train.loop import build_twin, pretrain
 from train.optim import build_optimizer
 from train.schedule import learning_rates
 
+pytestmark = pytest.mark.timeout(600)  # all runs belong to the first test, and a busy machine is slow
+
 STEPS, STEPS_PER_EPOCH = 10, 3  # of 8 of the 24 images
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-4}
 LEARNING_RATE_SHARE = {"fp64": 1.0, "fp32": 0.03}
