@@ -122,17 +122,6 @@ def test_loss_falls_and_the_run_directory_tells_it(config: RunConfig, precision:
     assert load_checkpoint(result.checkpoint)["step"] == total
 
 
-def test_half_precision_scales_the_gradients_and_resumes_the_scale(config: RunConfig) -> None:
-    config = with_(config, train__precision="fp16", train__max_steps=2)
-    scaler = load_checkpoint(pretrain(config).checkpoint)["scaler"]
-    assert scaler["scale"] > 1 and scaler["_growth_tracker"] >= 0
-    result = pretrain(with_(config, train__max_steps=3))
-    scaler_after = load_checkpoint(result.checkpoint)["scaler"]
-    assert result.steps_done == 1
-    has_overflowed = scaler_after["scale"] == scaler["scale"] / 2
-    assert has_overflowed or scaler_after["_growth_tracker"] == scaler["_growth_tracker"] + 1
-
-
 def test_killed_run_continues_with_the_same_samples(config: RunConfig, tmp_path: Path) -> None:
     """Killed in mid-epoch between two checkpoints, a run ends with the weights of a whole one."""
     recipes = []
