@@ -58,7 +58,7 @@ class OnlineKnn:
         """Share (0 to 1) of right answers. `backbone`, on any device, and random numbers stay as they are."""
         if self._crops is None:
             self._crops = self._decode()
-        backbone = copy.deepcopy(backbone).eval()
+        backbone = copy.deepcopy(backbone).float().eval()
         device = next(backbone.parameters()).device
         bank, test = self._crops
         bank_BF, test_QF = (self._features(backbone, crops, device) for crops in (bank, test))

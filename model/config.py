@@ -63,7 +63,9 @@ class ModelConfig(Section):
         "pass for each view, as the authors do; apex is twin with the kernels of NVIDIA's apex.",
     )
     sync_bn: Literal["all", "projector", "none"] = Field(
-        "all", description="Which batch-norms have statistics over all GPUs."
+        "all",
+        description="Which batch-norms have statistics over all GPUs. The others have those of each GPU's "
+        "own samples, and rank 0's running statistics are kept.",
     )
     loss: LossConfig = LossConfig()
 

@@ -36,6 +36,7 @@ class FolderLoader(EpochLoader):
             persistent_workers=workers > 0,
             pin_memory=job.device.type == "cuda",
             worker_init_fn=start_worker,
+            generator=torch.Generator(),  # for the seeds of workers that draw nothing; else the global one
         )
 
     def close(self) -> None:

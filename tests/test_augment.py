@@ -546,3 +546,6 @@ def test_the_configured_implementation_distorts(name, monkeypatch):
     batched = pipelines.augment.distort(views, params, config, torch.float32)
     assert used == ["numba" if name == "auto" else name]
     torch.testing.assert_close(batched, by_reference(views, params, config), rtol=0, atol=1e-6)
+    widened = pipelines.augment.distort(views, params, config, torch.float64)
+    assert widened.dtype == torch.float64 and widened.stride() == batched.stride()
+    assert torch.equal(widened, batched.double())

@@ -318,6 +318,7 @@ def test_bad_input_gets_one_sentence(tmp_path: Path) -> None:
     assert "unknown key 'model.norn'" in refuse("model.norn=twin")
     assert "such as 256,512, not '64;128'" in refuse(recipe, "--batch", "64;128")
     assert "2 pairs or more, not 1" in refuse(recipe, "--batch", "8,1")
+    assert "fp64 is for comparing runs" in refuse(recipe, "train.precision=fp64")
     assert "data.loader" in refuse(recipe, "--loader", "fastest")
     assert "nowhere" in refuse(recipe, "--batch", 4, "--loader", "folder", "--data", "nowhere")
     with pytest.raises(ConfigError, match=r"^train\.micro_batches must divide the 5 .*\.$"):

@@ -98,7 +98,7 @@ def test_key_like_no_other_lists_what_its_section_knows(recipe: Path) -> None:
     [
         ("train.epochs=many", ["train.epochs", "integer", "'many'"]),
         ("train.epochs=0", ["train.epochs", "greater than or equal to 1", "0"]),
-        ("train.precision=fp8", ["train.precision", "'fp32', 'bf16' or 'fp16'", "'fp8'"]),
+        ("train.precision=fp8", ["train.precision", "'fp64', 'fp32', 'bf16' or 'fp16'", "'fp8'"]),
         ("model=3", ["model", "backbone, small_stem"]),
         ("model.projector=8192x3", ["model.projector", "8192-8192-8192"]),
         ("data.augment.mean=[0.5]", ["data.augment.mean needs more numbers than [0.5]"]),

@@ -19,7 +19,7 @@ from eval.knn import knn_accuracy
 from eval.online import OnlineKnn
 from model.config import ModelConfig
 from model.twin import Twin
-from model.weights import IMAGENET, Normalisation
+from model.weights import IMAGENET, Normalisation, load_backbone
 from pipelines.errors import DataError
 from pipelines.loaders import build_loader
 from pipelines.source import FolderSource
@@ -181,6 +181,21 @@ def test_run_is_the_same_with_and_without_evaluation(images: Path, tmp_path: Pat
     assert not any({"probe_accuracy", "knn_accuracy"} & record.keys() for record in off)
     assert all(0 <= record["probe_accuracy"] <= 1 for record in on)
     assert [r["step"] for r in on if "knn_accuracy" in r] == [STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH]
+
+
+def test_run_in_float64_is_evaluated_in_float32_and_goes_on_in_any_precision(
+    images: Path, tmp_path: Path
+) -> None:
+    """Its neighbours are found, its backbone can be used, and momenta take the dtype of the weights."""
+    for max_steps, precision in ((3, "fp64"), (4, "fp32"), (5, "fp64")):
+        config = configure(tmp_path, images, max_steps=max_steps, precision=precision)
+        state = load_checkpoint(pretrain(config).checkpoint)
+        momenta = [of_one["mu"] for of_one in state["optimizer"]["state"].values()]
+        tensors = [t for t in (*state["model"].values(), *momenta) if t.is_floating_point()]
+        assert {t.dtype for t in tensors} == {torch.float64 if precision == "fp64" else torch.float32}
+    assert [r["step"] for r in read_metrics(tmp_path) if "knn_accuracy" in r] == [3]
+    backbone = load_backbone(tmp_path / "checkpoint.pt")
+    assert {p.dtype for p in backbone.parameters()} == {torch.float32}
 
 
 def test_resumed_run_has_the_probe_of_a_whole_one(images: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from pipelines.loaders import build_loader
 from train.config import RunConfig
 from train.errors import ConfigError
 from train.graph import WARM_UP_STEPS
+from train.loop import build_twin
 from train.step import DTYPES, PHASES, TrainStep, _pieces
 
 ROWS, SIZE = 12, 18
@@ -74,7 +75,9 @@ def definition(config: RunConfig, network: nn.Module, batch: Batch, pieces: int)
 
 
 @pytest.mark.parametrize("has_norm", [False, True])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])  # weights of 64 bits are out of autocast's reach
+@pytest.mark.parametrize(
+    "precision", ["fp64", "fp32", "fp16"]
+)  # weights of 64 bits are out of autocast's reach
 @pytest.mark.parametrize("pieces", [1, 2, 3])
 def test_gradient_is_that_of_the_whole_batch(pieces: int, precision: str, has_norm: bool) -> None:
     """With batch-norm: of the whole batch's loss, where each piece has statistics of its own."""
@@ -95,6 +98,29 @@ def test_gradient_is_that_of_the_whole_batch(pieces: int, precision: str, has_no
     torch.testing.assert_close(dict(step.network.named_buffers()), dict(plain.named_buffers()))
     if has_norm:
         assert step.network.layers[1].num_batches_tracked == 2 * pieces
+
+
+@pytest.mark.parametrize("norm", ["twin", "torch"])
+def test_fp64_is_fp64_from_the_weights_of_fp32_to_the_momenta(norm: str) -> None:
+    """Nothing on the way is rounded to less: the loss differs from that of fp32 by what fp32 rounds."""
+    losses = []
+    for precision, dtype in (("fp64", torch.float64), ("fp32", torch.float32)):
+        config = configure(precision=precision)
+        model = config.model.model_copy(update={"backbone": "resnet18", "projector": "7-6", "norm": norm})
+        config = config.model_copy(update={"model": model})
+        twin = build_twin(config, torch.device("cpu"))
+        start = copy.deepcopy(twin.state_dict())
+        step = TrainStep(config, twin, steps_per_epoch=1, keep_features=True)
+        (batch,) = make_batches(config, 1)
+        loss = step(batch, STEP)
+        momenta = [state["mu"] for state in step.optimizer.state.values()]
+        gradients = [p.grad for p in twin.parameters()]
+        state = [t for t in twin.state_dict().values() if t.is_floating_point()]
+        assert {t.dtype for t in (*loss, *momenta, *gradients, *state, step.features_NF)} == {dtype}
+        losses.append((start, loss.total.item()))
+    (start, loss), (start_fp32, loss_fp32) = losses
+    assert all(torch.equal(start[name], value.to(start[name].dtype)) for name, value in start_fp32.items())
+    assert loss != loss_fp32 and loss == pytest.approx(loss_fp32, rel=1e-4)
 
 
 def test_pieces_on_two_ranks_give_the_gradient_of_the_global_batch(run_ranks, tmp_path) -> None:
@@ -194,6 +220,10 @@ def test_settings_that_cannot_work_are_refused_in_a_sentence(monkeypatch: pytest
             configure(micro_batches=pieces)
     with pytest.raises(ValidationError, match="cuda_graph needs a GPU, but device is cpu"):
         configure(cuda_graph=True, device="cpu")
+    with pytest.raises(ValidationError, match="precision fp64 is for the CPU, but device is cuda"):
+        configure(precision="fp64", device="cuda")
+    with pytest.raises(ConfigError, match=r"train\.precision fp64 is for the CPU, but this run is on a GPU"):
+        make_step(configure(precision="fp64"), device="meta")
     with pytest.raises(ConfigError, match=r"train\.cuda_graph needs one GPU, but this run is on the CPU"):
         make_step(configure(cuda_graph=True))
     monkeypatch.setattr("train.step.world_size", lambda: 4)

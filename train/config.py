@@ -55,7 +55,11 @@ class TrainConfig(Section):
     batch_size: Annotated[int, Field(ge=2, description="Global batch: samples per step over all ranks.")] = (
         2048
     )
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Literal["fp64", "fp32", "bf16", "fp16"] = Field(
+        "bf16",
+        description="Of the passes through the network; weights, statistics and sums are fp32. fp64 has all "
+        "of it in float64, from the initial weights of fp32: slow, on the CPU only, for comparing runs.",
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: Annotated[int, Field(ge=1)] = 10
     micro_batches: Annotated[int, Field(ge=1)] = Field(
@@ -101,6 +105,12 @@ class TrainConfig(Section):
     def _cuda_graph_has_a_gpu(self) -> "TrainConfig":
         if self.cuda_graph and self.device == "cpu":
             raise ValueError("cuda_graph needs a GPU, but device is cpu; leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _fp64_has_the_cpu(self) -> "TrainConfig":
+        if self.precision == "fp64" and self.device == "cuda":
+            raise ValueError("precision fp64 is for the CPU, but device is cuda; change one of them")
         return self
 
     @model_validator(mode="after")

@@ -37,7 +37,7 @@ from train.meter import Meter, PhaseClock
 from train.metrics import MetricsWriter, StepReport
 from train.online import open_online_evaluation
 from train.preemption import News, NewsExchange, StopRequest, stop_signals_noted
-from train.step import TrainStep
+from train.step import DTYPES, TrainStep
 
 CONFIG_NAME = "config.yaml"
 USUAL_SKIPS = 5  # in a row, in fp16
@@ -83,14 +83,18 @@ def configure_backends(config: RunConfig) -> None:
     In the half precisions, where most operands are rounded further, what remains in float32 may be.
     """
     torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = config.train.precision != "fp32"
-    torch.backends.cuda.matmul.allow_tf32 = config.train.precision != "fp32"
+    is_half = DTYPES[config.train.precision].itemsize == 2
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = is_half
 
 
 def build_twin(config: RunConfig, device: torch.device) -> Twin:
-    """The untrained network of a run, in channels-last format: the seed fixes its weights."""
+    """The untrained network of a run, in channels-last format: the seed fixes its weights.
+
+    They are float32, whatever autocast makes of them, or float64.
+    """
     torch.manual_seed(config.seed)
-    return Twin(config.model).to(device, memory_format=torch.channels_last)
+    dtype = torch.promote_types(DTYPES[config.train.precision], torch.float32)
+    return Twin(config.model).to(device, dtype, memory_format=torch.channels_last)
 
 
 class _Run:

@@ -27,7 +27,7 @@ from train.graph import StepGraph
 from train.optim import Lars, build_optimizer
 from train.schedule import learning_rates
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PHASES = ("augment", "forward", "loss", "backward", "optimizer")
 
 
@@ -122,7 +122,7 @@ class TrainStep:
         self._end("forward")
 
         z_a_ND, z_b_ND = (torch.cat(z).detach().requires_grad_() for z in zip(*embeddings, strict=True))
-        loss = barlow_loss(z_a_ND, z_b_ND, self._config.model.loss)  # 3, in float32
+        loss = barlow_loss(z_a_ND, z_b_ND, self._config.model.loss)  # 3
         self.z_a_ND = z_a_ND.detach()
         self._end("loss")
 
@@ -155,8 +155,8 @@ class TrainStep:
         Each call has an autocast of its own, since one remembers casts of weights, and those that were made
         without gradients would be taken where gradients are needed.
         """
-        use_autocast = self._dtype is not torch.float32
-        with torch.autocast(self._device.type, self._dtype, enabled=use_autocast):
+        is_half = self._dtype.itemsize == 2
+        with torch.autocast(self._device.type, self._dtype if is_half else None, enabled=is_half):
             z_a_nD, z_b_nD, *features = self._network_call(views_VnCHW, **self._network_options)
         return (z_a_nD, z_b_nD), features
 
@@ -227,6 +227,11 @@ def _check(config: RunConfig, device: torch.device) -> None:
         raise ConfigError(
             f"train.micro_batches must divide the {train.batch_size // ranks} samples of each rank, but it "
             f"is {train.micro_batches}; change it, or train.batch_size."
+        )
+    if train.precision == "fp64" and device.type != "cpu":
+        raise ConfigError(
+            "train.precision fp64 is for the CPU, but this run is on a GPU; set train.device to cpu, or "
+            "train.precision to fp32."
         )
     if train.cuda_graph and (device.type != "cuda" or ranks > 1):
         where = "this run is on the CPU" if device.type != "cuda" else f"this run has {ranks} ranks"

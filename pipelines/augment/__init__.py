@@ -43,8 +43,10 @@ def distort(views_VNHWC: Tensor, params: ViewParams, config: AugmentConfig, dtyp
     `views_VNHWC` are square uint8 crops; `params` were drawn with `config` and are on the same device.
     `config.implementation` names the implementation. "auto" takes triton on CUDA devices, numba on the CPU
     and torch on the others, and torch where triton cannot run. Raises `DataError` where the one named cannot
-    serve the device. With "dali" the loader has distorted the views already.
+    serve the device. With "dali" the loader has distorted the views already. float64 is float32 widened.
     """
+    if dtype == torch.float64:
+        return distort(views_VNHWC, params, config, torch.float32).double()
     if config.implementation == "dali":
         return normalise(views_VNHWC, config, dtype)
     chosen = choose(config.implementation, views_VNHWC.device)

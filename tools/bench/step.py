@@ -56,7 +56,7 @@ def bench_step(
     Raises `ConfigError` for settings that cannot be measured, `DataError` where the loader fails or nothing
     fits.
     """
-    _check(batches)
+    _check(config, batches)
     load_average = os.getloadavg()[0]
     with process_group(config.train.device) as world:
         if world.size > 1:
@@ -92,7 +92,11 @@ def bench_step(
     }
 
 
-def _check(batches: Sequence[int]) -> None:
+def _check(config: RunConfig, batches: Sequence[int]) -> None:
+    if config.train.precision == "fp64":
+        raise ConfigError(
+            "The benchmark is of speed, and train.precision fp64 is for comparing runs; choose another."
+        )
     too_few = next((N for N in batches if N < 2), None)
     if too_few is not None:
         raise ConfigError(f"A step normalises over the batch and needs 2 pairs or more, not {too_few}.")

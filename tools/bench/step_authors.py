@@ -22,7 +22,7 @@ from train.step import DTYPES
 
 def authors_precision(config: RunConfig, device: torch.device) -> str:
     """What their step computes in: fp16 on GPUs where ours takes half precision too, else ours."""
-    is_half = config.train.precision != "fp32"
+    is_half = DTYPES[config.train.precision].itemsize == 2
     return "fp16" if is_half and device.type == "cuda" else config.train.precision
 
 
