@@ -226,6 +226,13 @@ def test_settings_that_cannot_work_are_refused_in_a_sentence(monkeypatch: pytest
         make_step(configure(precision="fp64"), device="meta")
     with pytest.raises(ConfigError, match=r"train\.cuda_graph needs one GPU, but this run is on the CPU"):
         make_step(configure(cuda_graph=True))
+    small = RunConfig.model_validate(
+        {"run_dir": "none", "data": {"path": "none", "image_size": 16}, "train": {"precision": "bf16"}}
+    )
+    with pytest.raises(
+        ConfigError, match=r"In bf16 on the CPU oneDNN computes wrong gradients for views of 16"
+    ):
+        make_step(small)
     monkeypatch.setattr("train.step.world_size", lambda: 4)
     with pytest.raises(ConfigError, match="must divide the 3 samples of each rank, but it is 2"):
         make_step(configure(micro_batches=2))
