@@ -28,8 +28,8 @@ from train.optim import Lars, build_optimizer
 from train.schedule import learning_rates
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Up to this size the last stage of a ResNet begins with a 3x3 convolution of stride 2 on a single pixel, whose
-# weight gradient in bf16 comes from memory that oneDNN 3.13 has not set.
+# Up to this size the last stage of a ResNet begins with a 3x3 convolution of stride 2 on a single pixel,
+# whose weight gradient in bf16 comes from memory that oneDNN 3.13 has not set.
 WRONG_BF16_SIZE = 16
 PHASES = ("augment", "forward", "loss", "backward", "optimizer")
 
@@ -242,9 +242,9 @@ def _check(config: RunConfig, device: torch.device) -> None:
     size, shrinks = config.data.image_size, not config.model.small_stem
     if train.precision == "bf16" and device.type == "cpu" and shrinks and size <= WRONG_BF16_SIZE:
         raise ConfigError(
-            f"In bf16 on the CPU oneDNN computes wrong gradients for views of {size} pixels, which the network "
-            f"shrinks to single pixels too early; set model.small_stem to true, train.precision to fp32, or "
-            f"data.image_size to more than {WRONG_BF16_SIZE}."
+            f"In bf16 on the CPU oneDNN computes wrong gradients for views of {size} pixels, which the "
+            f"network shrinks to single pixels too early; set model.small_stem to true, train.precision to "
+            f"fp32, or data.image_size to more than {WRONG_BF16_SIZE}."
         )
     compiler = os.environ.get("CXX", "g++")
     if train.compile and shutil.which(compiler) is None:
