@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from train.config import OptimConfig
-from train.optim import Lars, build_optimizer
+from train.optim import ROW, Lars, build_optimizer
 from train.schedule import LearningRates
 
 CONFIG = OptimConfig(weight_decay=0.02, momentum=0.85, eta=0.003)
@@ -45,6 +45,19 @@ def plain_lars(p: Tensor, grad: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
     return p - (RATES.weights if is_weight else RATES.biases) * mu, mu
 
 
+@pytest.fixture
+def together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors go through each operation together, as on a GPU."""
+    monkeypatch.setattr("train.optim._split", lambda params: [params])
+
+
+@pytest.fixture(params=["together", "one by one"])
+def split(request: pytest.FixtureRequest) -> None:
+    if request.param == "together":
+        request.getfixturevalue("together")
+
+
+@pytest.mark.usefixtures("split")
 @pytest.mark.parametrize("rates_on_device", [False, True])
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 def test_several_steps_equal_the_plain_algorithm(
@@ -66,6 +79,7 @@ def test_several_steps_equal_the_plain_algorithm(
             assert (value.double() - reference).norm() <= rtol * reference.norm()
 
 
+@pytest.mark.usefixtures("split")
 def test_layout_in_memory_does_not_matter(module: nn.Module) -> None:
     """Weights in channels-last format, and gradients laid out in another way than their weights."""
     other = copy.deepcopy(module).to(memory_format=torch.channels_last)
@@ -130,6 +144,7 @@ def count_launches(module: nn.Module, has_scaler: bool) -> int:
     return launches.counts.total()
 
 
+@pytest.mark.usefixtures("together")
 @pytest.mark.parametrize("has_scaler", [False, True])
 def test_number_of_launches_does_not_grow_with_the_number_of_tensors(has_scaler: bool) -> None:
     few, many = (count_launches(layers(count), has_scaler) for count in (2, 40))
@@ -155,6 +170,19 @@ def test_number_of_kernels_on_a_gpu_does_not_grow_with_the_number_of_tensors() -
         assert any("multi_tensor_apply" in name for name in names)
         kernels.append(len(names))
     assert kernels[1] <= kernels[0] + 2 <= 32  # torch stacks and reduces norms a few dozen at a time
+
+
+def test_on_the_cpu_a_step_keeps_memory_for_the_largest_tensor_alone() -> None:
+    module = nn.Sequential(*(nn.Linear(100, width) for width in (50, 100, 70, 90)))
+    optimizer = build_optimizer(module, CONFIG)
+    for parameter in module.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        optimizer.step()
+    momenta = 4 * sum(p.numel() for p in module.parameters())
+    kept = sum(event.self_cpu_memory_usage for event in profile.key_averages())
+    assert momenta < kept < momenta + 4 * (100 * 100 + 2 * ROW) + 4096
+    assert optimizer.state_dict()["state"].keys() == set(range(8))
 
 
 def test_state_dict_carries_the_momentum(module: nn.Module) -> None:
@@ -195,6 +223,7 @@ def test_scaled_gradients_give_the_unscaled_step(module: nn.Module) -> None:
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.usefixtures("split")
 def test_non_finite_gradient_under_a_scaler_changes_nothing(module: nn.Module) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     scaler.scale(torch.zeros(1))

@@ -41,9 +41,10 @@ class Lars(torch.optim.Optimizer):
     3. momentum       mu = momentum * mu + u
     4. step           p = p - lr * mu
 
-    All tensors of a group go through each operation together, and the host waits for none, so a step costs
-    the same few launches however many tensors there are. They must be dense, of one dtype and on one device.
-    Besides the momenta it needs memory for a copy of the weights' gradients, on a GPU only while it runs.
+    On a GPU all tensors of a group go through each operation together, and the host waits for none, so a step
+    costs the same few launches however many tensors there are; while it runs, it needs memory for a copy of
+    the weights' gradients. On the CPU it takes one tensor after the other, while that is in the caches, and
+    keeps memory for the largest. Tensors must be dense, of one dtype and on one device.
 
     Works with `torch.amp.GradScaler`: call `scaler.unscale_` before `scaler.step`. Where the scaler has found
     a non-finite gradient, the step leaves p and mu as they are.
@@ -65,7 +66,7 @@ class Lars(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self._rates: list[Tensor] | None = None  # 0-d on the device, one for each group
         self._row_tensors: dict[tuple[int, ...], Tensor] = {}  # by sizes: the tensor of each row, int64 (R,)
-        self._matrices: dict[int, Tensor] = {}  # by rows, on the CPU
+        self._scratch: Tensor | None = None  # (rows of the largest tensor, ROW), on the CPU
 
     def keep_rates_on_device(self) -> None:
         """Read the rates from the device: a CUDA graph would repeat a number of the host for ever."""
@@ -89,8 +90,10 @@ class Lars(torch.optim.Optimizer):
 
     def _step_group(self, group: dict[str, Any], lr: float | Tensor) -> None:
         params = [p for p in group["params"] if p.grad is not None]
-        if not params:
-            return
+        for together in _split(params):
+            self._step_together(together, group, lr)
+
+    def _step_together(self, params: Sequence[Tensor], group: dict[str, Any], lr: float | Tensor) -> None:
         for p in params:
             if "mu" not in self.state[p]:
                 self.state[p]["mu"] = torch.zeros_like(p)
@@ -142,12 +145,16 @@ class Lars(torch.optim.Optimizer):
 
     def _matrix(self, rows: int, like: Tensor) -> Tensor:
         """Uninitialised. The CPU has no pool of memory, and fresh pages cost more than the arithmetic."""
-        if rows in self._matrices:
-            return self._matrices[rows]
-        matrix_Rx = like.new_empty(rows, ROW)
-        if not like.is_cuda:
-            self._matrices[rows] = matrix_Rx
-        return matrix_Rx
+        if like.is_cuda:
+            return like.new_empty(rows, ROW)
+        if self._scratch is None or len(self._scratch) < rows:
+            self._scratch = like.new_empty(rows, ROW)
+        return self._scratch[:rows]
+
+
+def _split(params: list[Tensor]) -> list[list[Tensor]]:
+    """Which of them are taken together."""
+    return [params] if params and params[0].is_cuda else [[p] for p in params]
 
 
 def _rows(p: Tensor) -> int:
