@@ -2,8 +2,7 @@
 
 Numbers come from a counter-based generator whose counter is (sample index, epoch, view, block), so what a
 sample gets does not depend on its batch, its place in it, the rank, the worker or the loader. Each block
-gives four uniform numbers. Here a batch is drawn with numpy; `pipelines.draw_numba` draws the same numbers
-for one sample, inside compiled code.
+gives four uniform numbers.
 
 Shape legend: V views (2), N samples, T tries of the crop, B blocks, K the four words of a block.
 """

@@ -1,8 +1,7 @@
-"""From uniform numbers to the numbers of the distortions: the formulas that numpy and numba share.
+"""From uniform numbers to the numbers of the distortions, as formulas on arrays.
 
-Each function works on arrays, and on single numbers where numba compiles it (`pipelines.draw_numba`). They
-use nothing but + - * /, square roots and rounding, which IEEE 754 defines to the last bit: numpy, numba and
-any processor draw the same numbers. That is why there is an `exp` here: those of libraries differ.
+They use nothing but + - * /, square roots and rounding, which IEEE 754 defines to the last bit: any processor
+and any release of numpy draws the same numbers. That is why there is an `exp` here: those of libraries differ.
 """
 
 import math
@@ -29,7 +28,7 @@ FourReals = tuple[Real, Real, Real, Real] | np.ndarray  # an array has them alon
 
 
 class ViewSpec(NamedTuple):
-    """The distributions of one view as numba takes them: the fields of `ViewConfig`, and a logarithm."""
+    """The distributions of one view: the fields of `ViewConfig`, and a logarithm."""
 
     crop_scale: tuple[float, float]
     crop_ratio: tuple[float, float]
@@ -91,8 +90,8 @@ def central_crop(spec: ViewSpec, height: Real, width: Real) -> tuple[Real, Real,
     """
     low, high = spec.crop_ratio
     ratio = width / height
-    h = np.maximum(choose(ratio < low, np.rint(width / low), height), 1.0)
-    w = np.maximum(choose(ratio > high, np.rint(height * high), width), 1.0)
+    h = np.maximum(np.where(ratio < low, np.rint(width / low), height), 1.0)
+    w = np.maximum(np.where(ratio > high, np.rint(height * high), width), 1.0)
     return np.floor((height - h) / 2), np.floor((width - w) / 2), h, w
 
 
@@ -107,13 +106,13 @@ def distortions(
     return Distortions(
         u_flip < spec.flip_p,
         jitter,
-        choose(jitter, integer_below(u_order, 24.0), 0.0),
-        choose(jitter, between(u_brightness, 1 - spec.brightness, 1 + spec.brightness), 1.0),
-        choose(jitter, between(u_contrast, 1 - spec.contrast, 1 + spec.contrast), 1.0),
-        choose(jitter, between(u_saturation, 1 - spec.saturation, 1 + spec.saturation), 1.0),
-        choose(jitter, between(u_hue, -spec.hue, spec.hue), 0.0),
+        np.where(jitter, integer_below(u_order, 24.0), 0.0),
+        np.where(jitter, between(u_brightness, 1 - spec.brightness, 1 + spec.brightness), 1.0),
+        np.where(jitter, between(u_contrast, 1 - spec.contrast, 1 + spec.contrast), 1.0),
+        np.where(jitter, between(u_saturation, 1 - spec.saturation, 1 + spec.saturation), 1.0),
+        np.where(jitter, between(u_hue, -spec.hue, spec.hue), 0.0),
         u_grayscale < spec.grayscale_p,
-        choose(u_blur < spec.blur_p, between(u_sigma, spec.blur_sigma[0], spec.blur_sigma[1]), 0.0),
+        np.where(u_blur < spec.blur_p, between(u_sigma, spec.blur_sigma[0], spec.blur_sigma[1]), 0.0),
         u_solarize < spec.solarize_p,
     )
 
@@ -125,10 +124,6 @@ def between(u: Real, low: float, high: float) -> Real:
 def integer_below(u: Real, bound: Real) -> Real:
     """Uniform whole numbers in [0, bound)."""
     return np.floor(u * bound)
-
-
-def choose(condition: Truth, yes: Real, no: Real) -> Real:
-    return np.where(condition, yes, no)
 
 
 def exp(x: Real) -> Real:

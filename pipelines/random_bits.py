@@ -11,7 +11,7 @@ _WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
 _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 
-Words = np.ndarray | np.uint64  # what holds 32 random bits each: an array, or one number inside numba
+Words = np.ndarray | np.uint64  # what holds 32 random bits each
 
 
 def philox_u32(seed: int, c0: ArrayLike, c1: ArrayLike, c2: ArrayLike, c3: ArrayLike) -> np.ndarray:
@@ -24,7 +24,7 @@ def philox_u32(seed: int, c0: ArrayLike, c1: ArrayLike, c2: ArrayLike, c3: Array
 
 
 def philox(seed: np.uint64, c0: Words, c1: Words, c2: Words, c3: Words) -> tuple[Words, Words, Words, Words]:
-    """The generator itself, all uint64: on arrays, and on single numbers where numba compiles it."""
+    """The generator itself, all uint64."""
     x0, x1, x2, x3 = c0 & _LOW, c1 & _LOW, c2 & _LOW, c3 & _LOW
     key0, key1 = seed & _LOW, seed >> _SHIFT
     for _ in range(10):

@@ -10,7 +10,7 @@ import torch
 from pipelines.batch import ViewParams
 from pipelines.config import AugmentConfig, ViewConfig
 from pipelines.draw import draw_views
-from pipelines.draw_formulas import CROP_TRIES
+from pipelines.draw_formulas import CROP_TRIES, exp
 from pipelines.random_bits import philox_u32, uniform
 
 CONFIG = AugmentConfig()
@@ -149,3 +149,9 @@ def test_crops_stay_inside_images_of_any_size():
     top, left, height, width = np.moveaxis(box_VN4, -1, 0)
     assert (top >= 0).all() and (left >= 0).all() and (height >= 1).all() and (width >= 1).all()
     assert (top + height <= heights).all() and (left + width <= widths).all()
+
+
+def test_exp_is_the_exponential_function():
+    for reach, error in ((1, 1e-14), (14, 2e-13)):
+        x = np.linspace(-reach, reach, 20_001)
+        np.testing.assert_allclose(exp(x), np.exp(x), rtol=error)
