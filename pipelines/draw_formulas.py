@@ -1,7 +1,7 @@
 """From uniform numbers to the numbers of the distortions, as formulas on arrays.
 
 They use nothing but + - * /, square roots and rounding, which IEEE 754 defines to the last bit: any processor
-and any release of numpy draws the same numbers. That is why there is an `exp` here: those of libraries differ.
+and any release of numpy draws the same numbers. That is why there is an `exp` here: libraries' differ.
 """
 
 import math

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from model import collectives
+from model import collectives, triton_support
 from model.config import LossConfig
 from model.errors import ModelError
-from model.loss import ALGORITHMS, barlow_loss, choose, torch_ops
+from model.loss import ALGORITHMS, barlow_loss, torch_ops
 from model.loss.objective import Objective
 from model.loss.reference import cross_correlation, reference_loss
 
@@ -274,7 +274,7 @@ def test_embeddings_of_different_or_integer_dtypes_are_refused_with_a_sentence()
 
 def test_triton_where_it_cannot_run_gives_way_to_torch_and_says_so_once(monkeypatch, caplog) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    choose._warn_once.cache_clear()
+    triton_support._warn_once.cache_clear()
     z_a, z_b = embeddings(4, 3, torch.float32)
     config = LossConfig(implementation="triton")
     terms = [barlow_loss(z_a, z_b, config) for _ in range(2)]

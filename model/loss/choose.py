@@ -1,9 +1,7 @@
 """What "auto" stands for: the algorithm, and the code of the passes around its matrix products."""
 
 import importlib
-import importlib.util
 import logging
-import os
 from functools import cache
 from types import ModuleType
 
@@ -12,6 +10,7 @@ import torch
 from model.collectives import from_first_rank, is_first_rank
 from model.loss.hardware import hardware_at_hand
 from model.loss.plan import ALGORITHMS_PLANNED, Plan, plan
+from model.triton_support import triton_serves
 
 _log = logging.getLogger(__name__)
 
@@ -40,36 +39,6 @@ def choose_operations(name: str, device: torch.device, dtype: torch.dtype) -> Mo
     """
     if name == "auto":
         name = "triton" if device.type == "cuda" else "torch"
-    if name == "triton" and (reason := _why_triton_cannot(device, dtype)):
-        _warn_once(f"The loss runs without its Triton kernels: {reason}.")
+    if name == "triton" and not triton_serves("The loss", device, dtype):
         name = "torch"
     return importlib.import_module(IMPLEMENTATIONS[name])
-
-
-def _why_triton_cannot(device: torch.device, dtype: torch.dtype) -> str | None:
-    if dtype == torch.float64:
-        return "they do not compute in float64"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if device.type == "cuda":
-        return _why_triton_does_not_start(device)
-    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    return None if interpreted else f"Triton does not compile for the device {device.type}"
-
-
-@cache
-def _why_triton_does_not_start(device: torch.device) -> str | None:
-    if torch.cuda.get_device_capability(device) < (7, 0):
-        return f"Triton does not support the {torch.cuda.get_device_name(device)}"
-    import triton
-
-    try:
-        triton.runtime.driver.active.get_current_target()  # builds Triton's own helper with the C compiler
-    except Exception as error:  # a missing compiler, driver or header: whatever it is, torch can do without
-        return f"Triton does not start ({str(error).splitlines()[0]})"
-    return None
-
-
-@cache
-def _warn_once(message: str) -> None:
-    _log.warning(message)
