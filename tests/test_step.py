@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import islice
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.loss.reference import reference_loss
+from model.norm import TwinBatchNorm
 from pipelines.augment import distort
 from pipelines.augment.normalise import normalise
 from pipelines.batch import Batch
@@ -186,6 +188,38 @@ def test_compiled_step_gives_the_same_weights() -> None:
     torch.testing.assert_close(
         compiled.network.state_dict(), plain.network.state_dict(), rtol=1e-9, atol=1e-12
     )
+
+
+class Widening(nn.Module):
+    """A batch-norm before each layer, which all differ in width."""
+
+    class Layer(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.norm, self.linear = TwinBatchNorm(width), nn.Linear(width, width + 1)
+
+        def forward(self, x_NF: Tensor) -> Tensor:
+            return self.linear(self.norm(x_NF))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(self.Layer(width) for width in range(3, 8)))
+
+    def forward(self, views_VNCHW: Tensor) -> tuple[Tensor, Tensor]:
+        z_a_ND, z_b_ND = (self.layers(view.mean((2, 3))) for view in views_VNCHW)
+        return z_a_ND, z_b_ND
+
+
+def test_every_variant_of_a_layer_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five widths, with and without gradients: torch's own limit is eight."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch.compiler.config, "recompile_limit", torch.compiler.config.recompile_limit)
+    monkeypatch.setattr("train.step.shutil.which", lambda name: name)
+    config = configure(micro_batches=2, compile=True)
+    step = TrainStep(config, Widening(), steps_per_epoch=1)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        loss = step(make_batches(config, 1)[0], STEP)
+    assert loss.total.isfinite()
 
 
 def test_settings_that_cannot_work_are_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
