@@ -22,7 +22,7 @@ from pipelines.batch import Batch
 from pipelines.loaders import build_loader
 from train.config import RunConfig
 from train.errors import ConfigError
-from train.graph import WARM_UP_STEPS
+from train.graph import WARM_UP_STEPS, StepGraph
 from train.step import DTYPES, PHASES, TrainStep, _pieces
 
 ROWS, SIZE = 12, 18
@@ -236,6 +236,40 @@ def test_settings_that_cannot_work_are_refused_in_a_sentence(monkeypatch: pytest
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ConfigError, match=r"needs the C\+\+ compiler no-such-compiler"):
         make_step(configure(compile=True))
+
+
+class Streams:
+    """In place of torch's CUDA streams: notes the order in which they are made and wait for each other."""
+
+    def __init__(self) -> None:
+        self.made: list[Streams.Stream] = []
+        self.waits: list[tuple[int, int]] = []
+
+    def new(self) -> "Streams.Stream":
+        self.made.append(self.Stream(self, len(self.made)))
+        return self.made[-1]
+
+    class Stream:
+        def __init__(self, streams: "Streams", number: int) -> None:
+            self.streams, self.number = streams, number
+
+        def wait_stream(self, other: "Streams.Stream") -> None:
+            self.streams.waits.append((self.number, other.number))
+
+
+def test_steps_before_the_recording_share_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory serves all of them, and each begins after what the consumer has queued since the last."""
+    streams = Streams()
+    current = streams.new()
+    monkeypatch.setattr(torch.cuda, "Stream", streams.new)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: None)
+    graph = StepGraph(lambda views, params: views + 1)
+    for _ in range(WARM_UP_STEPS):
+        assert graph(torch.zeros(2), None).sum() == 2
+    assert streams.waits == [(1, 0), (0, 1)] * WARM_UP_STEPS
 
 
 @contextmanager
