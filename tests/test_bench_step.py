@@ -1,5 +1,6 @@
 """The benchmark of the step compares with the authors' step, counts rightly, and says what does not fit."""
 
+import gc
 import json
 from pathlib import Path
 from statistics import median
@@ -269,6 +270,17 @@ def test_only_the_step_with_distortions_distorts(monkeypatch: pytest.MonkeyPatch
         measure(contender, 2, CPU)
         counts[contender.name] = len(calls)
     assert counts == {OURS: 3, UNDISTORTED: 0, AUTHORS: 1}  # theirs once, before the clock starts
+
+
+def test_the_authors_batch_is_held_once() -> None:
+    """What it was made of would count as memory of their step."""
+    config = configure(data={"image_size": 23})
+    (theirs,) = (c for c in contenders(config, None, CPU) if c.name == AUTHORS)
+    with theirs.open(lambda phase: None) as (_, batches):
+        views_VNCHW = next(batches)
+        tensors = [o for o in gc.get_objects() if type(o) is Tensor and o.is_floating_point()]
+        held = [o.data_ptr() for o in tensors if 23 in o.shape]
+        assert views_VNCHW.is_contiguous() and held == [views_VNCHW.data_ptr()]
 
 
 def test_every_size_has_its_rows_and_what_does_not_fit_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import islice
 
 import pytest
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.loss.reference import reference_loss
+from model.norm import TwinBatchNorm
 from pipelines.augment import distort
 from pipelines.augment.normalise import normalise
 from pipelines.batch import Batch
 from pipelines.loaders import build_loader
 from train.config import RunConfig
 from train.errors import ConfigError
-from train.graph import WARM_UP_STEPS
+from train.graph import WARM_UP_STEPS, StepGraph
 from train.loop import build_twin
 from train.step import DTYPES, PHASES, TrainStep, _pieces
 
@@ -214,6 +216,38 @@ def test_compiled_step_gives_the_same_weights() -> None:
     )
 
 
+class Widening(nn.Module):
+    """A batch-norm before each layer, which all differ in width."""
+
+    class Layer(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.norm, self.linear = TwinBatchNorm(width), nn.Linear(width, width + 1)
+
+        def forward(self, x_NF: Tensor) -> Tensor:
+            return self.linear(self.norm(x_NF))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(self.Layer(width) for width in range(3, 8)))
+
+    def forward(self, views_VNCHW: Tensor) -> tuple[Tensor, Tensor]:
+        z_a_ND, z_b_ND = (self.layers(view.mean((2, 3))) for view in views_VNCHW)
+        return z_a_ND, z_b_ND
+
+
+def test_every_variant_of_a_layer_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five widths, with and without gradients: torch's own limit is eight."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch.compiler.config, "recompile_limit", torch.compiler.config.recompile_limit)
+    monkeypatch.setattr("train.step.shutil.which", lambda name: name)
+    config = configure(micro_batches=2, compile=True)
+    step = TrainStep(config, Widening(), steps_per_epoch=1)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        loss = step(make_batches(config, 1)[0], STEP)
+    assert loss.total.isfinite()
+
+
 def test_settings_that_cannot_work_are_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     for pieces in (5, 12):
         with pytest.raises(ValidationError, match="micro_batches must divide batch_size into pieces of at"):
@@ -239,6 +273,40 @@ def test_settings_that_cannot_work_are_refused_in_a_sentence(monkeypatch: pytest
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ConfigError, match=r"needs the C\+\+ compiler no-such-compiler"):
         make_step(configure(compile=True))
+
+
+class Streams:
+    """In place of torch's CUDA streams: notes the order in which they are made and wait for each other."""
+
+    def __init__(self) -> None:
+        self.made: list[Streams.Stream] = []
+        self.waits: list[tuple[int, int]] = []
+
+    def new(self) -> "Streams.Stream":
+        self.made.append(self.Stream(self, len(self.made)))
+        return self.made[-1]
+
+    class Stream:
+        def __init__(self, streams: "Streams", number: int) -> None:
+            self.streams, self.number = streams, number
+
+        def wait_stream(self, other: "Streams.Stream") -> None:
+            self.streams.waits.append((self.number, other.number))
+
+
+def test_steps_before_the_recording_share_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory serves all of them, and each begins after what the consumer has queued since the last."""
+    streams = Streams()
+    current = streams.new()
+    monkeypatch.setattr(torch.cuda, "Stream", streams.new)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: None)
+    graph = StepGraph(lambda views, params: views + 1)
+    for _ in range(WARM_UP_STEPS):
+        assert graph(torch.zeros(2), None).sum() == 2
+    assert streams.waits == [(1, 0), (0, 1)] * WARM_UP_STEPS
 
 
 @contextmanager

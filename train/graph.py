@@ -27,6 +27,7 @@ class StepGraph:
         self._step = step
         self._calls = 0
         self._graph = torch.cuda.CUDAGraph()
+        self._warm_up_stream = torch.cuda.Stream()
         self._views_VNHWC: Tensor
         self._params: ViewParams
         self._result: Tensor
@@ -49,8 +50,9 @@ class StepGraph:
 
     def _warm_up(self, views_VNHWC: Tensor, params: ViewParams) -> Tensor:
         """The ordinary step, on a stream of its own: what it leaves behind must not tie the graph to the
-        default stream, which cannot be recorded."""
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        default stream, which cannot be recorded. It is one stream for all these steps: each has a pool of
+        memory, and what a step leaves behind may be used until the next one begins."""
+        stream, current = self._warm_up_stream, torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             result = self._step(views_VNHWC, params)

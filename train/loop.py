@@ -19,24 +19,16 @@ from torch.nn.parallel import DistributedDataParallel
 from model.twin import Twin
 from pipelines.batch import Batch, Loader
 from pipelines.loaders import build_loader
-from train.checkpoint import (
-    CHECKPOINT_NAME,
-    CheckpointWriter,
-    check_fits,
-    check_resumable,
-    load_last_good,
-    set_aside,
-)
 from train.config import RunConfig, save_config
 from train.distributed import World, process_group
 from train.errors import TrainingError
 from train.flop import model_flop, peak_flops
 from train.health import Health
-from train.initial_weights import load_initial_weights
 from train.meter import Meter, PhaseClock
 from train.metrics import MetricsWriter, StepReport
 from train.online import open_online_evaluation
 from train.preemption import News, NewsExchange, StopRequest, stop_signals_noted
+from train.state import RunState
 from train.step import DTYPES, TrainStep
 
 CONFIG_NAME = "config.yaml"
@@ -102,8 +94,6 @@ class _Run:
 
     def __init__(self, config: RunConfig, world: World, loader: Loader, stop: StopRequest) -> None:
         self.config, self.world, self.loader, self.stop = config, world, loader, stop
-        self.checkpoint = config.run_dir / CHECKPOINT_NAME
-        self.writer = CheckpointWriter(self.checkpoint, config.train.checkpoint.every_minutes)
         self.exchange = NewsExchange(world)
         self.health = Health()
         self.skipped_steps = 0
@@ -120,6 +110,7 @@ class _Run:
             mark=self.clock.mark,
             keep_features=self.probe is not None,
         )
+        self.state = RunState(config, world, self.twin, self.train_step, self.probe, loader)
 
     def train(self, on_step: Callable[[StepReport], None] | None) -> RunResult:
         """1. resume  2. step after step  3. the ranks tell each other how they fare, and whether to stop
@@ -129,9 +120,9 @@ class _Run:
         once their values have arrived. Only before a checkpoint, and so at the end, all reports are waited
         for.
         """
-        start = self._resume()  # 1
+        start = self.state.resume()  # 1
         if start >= self.total_steps:
-            return RunResult(self.checkpoint, start, 0, None)
+            return RunResult(self.state.checkpoint, start, 0, None)
         report = stopped_by = None
         meter = self._build_meter(start)
         with self._open_metrics(start) as write:
@@ -170,11 +161,11 @@ class _Run:
                         if on_step is not None:
                             on_step(report)
                 if must_save:  # 5
-                    self._save(done, is_last)
+                    self.state.save(done, is_last)
                 if is_last:
                     break
         last_report = report if self.world.is_main else None
-        return RunResult(self.checkpoint, done, done - start, last_report, stopped_by)
+        return RunResult(self.state.checkpoint, done, done - start, last_report, stopped_by)
 
     def _over_ranks(self, twin: Twin) -> nn.Module:
         """The network with gradients, and statistics of the norms in `model.sync_bn`, over all ranks."""
@@ -200,49 +191,17 @@ class _Run:
                     batch = next(batches)
                 yield step, batch
 
-    def _resume(self) -> int:
-        """Take over the run directory's checkpoint; returns the steps it has seen, 0 without one.
-
-        Without one the weights are those of `train.initial_weights`, or as drawn.
-        """
-        state, is_sound = None, True
-        if self.config.train.checkpoint.resume:
-            state, is_sound = load_last_good(self.checkpoint)
-        if state:
-            check_resumable(state, self.config, self.loader.num_samples, self.checkpoint)
-            check_fits(state, self.twin, self.train_step.optimizer, self.checkpoint)
-        start = state["step"] if state else 0
-        if len(set(self.world.gather(start))) > 1:
-            raise TrainingError(
-                f"The processes find different checkpoints in run_dir {self.config.run_dir}; "
-                f"it must be one folder that all machines share."
-            )
-        if not is_sound and self.world.is_main:  # and all have looked at it
-            set_aside(self.checkpoint)
-        if state:
-            self.twin.load_state_dict(state["model"])
-            self.train_step.optimizer.load_state_dict(state["optimizer"])
-            if self.probe is not None and state.get("probe"):
-                self.probe.load_state_dict(state["probe"])
-            if state["scaler"] and self.train_step.scaler.is_enabled():
-                self.train_step.scaler.load_state_dict(state["scaler"])
-            self.writer.saved_step = start
-        else:
-            load_initial_weights(self.twin, self.config, self.world)
-        return start
-
     def _exchange_news(self, done: int) -> News:
         """Also waits for nothing; what is not known yet is good news."""
-        is_due = self.world.is_main and self.writer.is_due
-        skipped = self.train_step.skipped_in_row
-        return self.exchange.exchange(done, self.stop.signal, is_due, self.writer.saved_step, skipped)
+        state, skipped = self.state, self.train_step.skipped_in_row
+        return self.exchange.exchange(done, self.stop.signal, state.wants_saving, state.saved_step, skipped)
 
     def _watch_skipped_steps(self, news: News) -> None:
         if not news.skipped_in_row:
             return
         self.skipped_steps += 1
         if news.skipped_in_row > self.config.train.max_skipped_steps:
-            raise self._failure("loss or its gradient", news.step, news.saved_step)
+            raise self.state.failure("loss or its gradient", news.step, news.saved_step)
         # In fp16 that is how the scaler finds its scale.
         is_usual = self.train_step.scaler.is_enabled() and news.skipped_in_row < USUAL_SKIPS
         if self.world.is_main and not is_usual:
@@ -285,38 +244,6 @@ class _Run:
             flop_per_pair=flop,
             peak_flops=peak,
             has_correlations=config.model.loss.normalise != "none" and config.model.loss.temperature is None,
-        )
-
-    def _save(self, done: int, is_last: bool) -> None:
-        """Write the checkpoint, unless the run has gone astray."""
-        self._stop_if_weights_failed(done)
-        if self.world.is_main:
-            state = {
-                "config": self.config.model_dump(mode="json"),
-                "model": self.twin.state_dict(),
-                "optimizer": self.train_step.optimizer.state_dict(),
-                "scaler": self.train_step.scaler.state_dict(),
-                "step": done,
-                "num_samples": self.loader.num_samples,
-                "probe": {} if self.probe is None else self.probe.state_dict(),
-            }
-            self.writer.write(state, is_last=is_last)
-
-    def _stop_if_weights_failed(self, done: int) -> None:
-        """A checkpoint of broken weights would be worse than none: the run could never go on from it."""
-        momenta = [state["mu"] for state in self.train_step.optimizer.state.values()]
-        tensors = [t for t in (*self.twin.state_dict().values(), *momenta) if t.is_floating_point()]
-        if not torch.stack(torch._foreach_norm(tensors)).isfinite().all():
-            raise self._failure("state of the network", done, self.writer.saved_step)
-
-    def _failure(self, what: str, done: int, saved_step: int) -> TrainingError:
-        saved = "no checkpoint has been written yet"
-        if saved_step >= 0:
-            saved = f"the last good checkpoint is {self.checkpoint} of step {saved_step}"
-        epoch = (done - 1) // self.loader.steps_per_epoch
-        return TrainingError(
-            f"The {what} is not finite any more at step {done} (epoch {epoch}); {saved}; "
-            f"lower train.optim.lr_weights and lr_biases, or set train.precision to bf16 or fp32."
         )
 
     @contextmanager

@@ -1,8 +1,9 @@
 """One training step: distort, forward, loss, backward, optimiser.
 
-The host queues all of it on the device and waits for none, with two exceptions on several GPUs: with
+The host queues all of it on the device and waits for none, with three exceptions on several GPUs: with
 `model.norm` torch, the forward pass of torch's `SyncBatchNorm` asks the device, layer by layer, which ranks
-have samples, and the loss asks at the first step whether all have equally many.
+have samples; the loss asks at the first step whether all have equally many; and to time its exchange of
+gradients, `DistributedDataParallel` waits for the step before in the first ten steps and in each hundredth.
 
 Shape legend: V views (2), N samples of this rank, k pieces of n = N / k samples, C colours (3), H and W
 pixels, F feature width, D embedding width.
@@ -32,6 +33,7 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, 
 # whose weight gradient in bf16 comes from memory that oneDNN 3.13 has not set.
 WRONG_BF16_SIZE = 16
 PHASES = ("augment", "forward", "loss", "backward", "optimizer")
+COMPILED_VARIANTS = 64  # of one block: there are many widths, each with and without gradients
 
 
 class TrainStep:
@@ -88,7 +90,10 @@ class TrainStep:
         # The authors' code lacks that factor, and their published run had 16 ranks: a
         # reference_world_size of 16 gives its gradient on any number of ranks.
         self._gradient_share = world_size() / config.model.loss.reference_world_size
-        self._network_call = torch.compile(network) if config.train.compile else network
+        self._network_call = network
+        if config.train.compile:
+            torch.compiler.config.recompile_limit = COMPILED_VARIANTS
+            self._network_call = torch.compile(network)
         self._network_options = {"with_features": True} if keep_features else {}
         self._graph: StepGraph | None = None
         if config.train.cuda_graph:

@@ -47,7 +47,6 @@ class _TwinBatchNorm(torch.autograd.Function):
         return *gradients, None, None
 
 
-@torch.compiler.disable  # it has kernels and collectives of its own; what lies between is compiled
 def twin_batch_norm(
     x_VMC: Tensor,
     residual_VMC: Tensor | None,

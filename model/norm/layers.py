@@ -45,6 +45,7 @@ class TwinBatchNorm(nn.BatchNorm2d):
         self.synchronised = synchronised
         self.num_views = 1
 
+    @torch.compiler.disable  # it has kernels and collectives of its own; what lies between is compiled
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """(N, C, ...) of the input's dtype; `residual`, of the input's shape and dtype, needs a ReLU.
 

@@ -131,6 +131,8 @@ def _open_ours(
         with closing(batches):
             step = TrainStep(config, build_twin(config, device).train(), loader.steps_per_epoch, mark)
             yield step, batches if is_live else cycle(list(islice(batches, READY_BATCHES)))
+    if config.train.compile:
+        torch.compiler.reset()  # what is compiled counts against a limit and holds the network
 
 
 @contextmanager
@@ -141,7 +143,9 @@ def _open_authors(config: RunConfig, device: torch.device, mark: Mark) -> Iterat
     with closing(loader):
         batch = next(iter(loader.epoch(0)))
         views_VNCHW = distort(batch.views_VNHWC, batch.params, config.data.augment, torch.float32)
-        yield AuthorsStep(config, device, loader.steps_per_epoch, mark), repeat(views_VNCHW.contiguous())
+        views_VNCHW = views_VNCHW.contiguous()  # what it is made of must not count as theirs
+        del batch
+        yield AuthorsStep(config, device, loader.steps_per_epoch, mark), repeat(views_VNCHW)
 
 
 def _with_data(config: RunConfig, data: DataConfig) -> RunConfig:
