@@ -1,7 +1,10 @@
 """What the worker processes of torch's `DataLoader` need wherever they are used."""
 
 import gc
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -23,9 +26,25 @@ def start_worker(worker_id: int) -> None:
        fork does not bring along, such as DALI's.
     2. Print no traceback where the consumer leaves while a batch is handed over, which is how Ctrl-C ends a
        run; the thread that hands over reports through `sys.excepthook`.
+    3. Live on where a scheduler asks all processes to stop: the main process finishes its step first, and
+       needs the batches for it. Only the main process ends its workers.
     """
     gc.freeze()  # 1
     _be_quiet_about_a_lost_consumer()  # 2
+    _answer_to(os.getppid())  # 3
+
+
+def _answer_to(parent: int) -> None:
+    """Pass over SIGUSR1, and SIGTERM of any process but `parent`."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_on_request, args=(parent,), daemon=True).start()
+
+
+def _end_on_request(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _be_quiet_about_a_lost_consumer() -> None:
