@@ -12,4 +12,8 @@ class TrainingError(RuntimeError):
     """One sentence: why training cannot start or go on, and what to do about it."""
 
 
+class LostRankError(TrainingError):
+    """The same of a rank that cannot go on without another one: the cause is that one's."""
+
+
 USER_ERRORS = (ConfigError, DataError, ModelError, TrainingError)

@@ -2,10 +2,11 @@
 
 import logging
 import os
+import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
@@ -16,9 +17,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from train.config import RunConfig
-from train.errors import USER_ERRORS, TrainingError
+from train.errors import USER_ERRORS, LostRankError, TrainingError
 from train.loop import RunResult, pretrain
 from train.metrics import StepReport
+from train.preemption import STOP_SIGNALS, StopRequest, stop_signals_noted
 
 _GRACE_SECONDS = 5  # for the rank with the cause of a failure to report after one that fell with it
 
@@ -28,28 +30,28 @@ def launch(
 ) -> RunResult:
     """`pretrain` on `num_processes` ranks of this machine; the result and the reports are rank 0's.
 
-    The first failure of a rank stops all. Raises the rank's own error if it was for the user, `TrainingError`
-    if a rank was killed, and `RuntimeError` with the rank's traceback otherwise.
+    The ranks receive `STOP_SIGNALS` that this process receives. The first failure of a rank stops all. Raises
+    the rank's own error if it was for the user, `TrainingError` if a rank was killed, and `RuntimeError` with
+    the rank's traceback otherwise.
     """
     context = mp.get_context("spawn")
     ranks: dict[Connection, BaseProcess] = {}
-    with meeting_point(num_processes) as environments:
+    with meeting_point(num_processes) as environments, stop_signals_noted() as request:
         try:
             for rank, environment in enumerate(environments):
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(
                     target=_run_rank, args=(config, environment, sender), name=f"rank {rank}"
                 )
-                process.start()
+                with _blocked(STOP_SIGNALS):  # the rank inherits it: they wait until it takes note of them
+                    process.start()
                 sender.close()
                 ranks[receiver] = process
-            return _supervise(ranks, on_step)
+            return _supervise(ranks, on_step, request)
         finally:
             for process in ranks.values():
-                process.terminate()
-            for process in ranks.values():
-                process.join(_GRACE_SECONDS)
                 process.kill()
+            for process in ranks.values():
                 process.join()
 
 
@@ -75,15 +77,20 @@ def show_notes() -> None:
 
 
 def _supervise(
-    ranks: dict[Connection, BaseProcess], on_step: Callable[[StepReport], None] | None
+    ranks: dict[Connection, BaseProcess], on_step: Callable[[StepReport], None] | None, request: StopRequest
 ) -> RunResult:
-    """Pass on rank 0's reports until every rank has ended or one has failed."""
+    """Pass on rank 0's reports, and signals to all ranks, until every rank has ended or one has failed."""
     running = dict(ranks)
+    told = 0
     result: RunResult | None = None
     failures: list[Exception] = []
     deadline = float("inf")
     while running and time.monotonic() < deadline:
         wait([*running, *(process.sentinel for process in running.values())], timeout=0.5)
+        if request.signal != told:
+            told = request.signal
+            for process in running.values():
+                os.kill(process.pid, told)
         for receiver, process in list(running.items()):
             has_ended = not process.is_alive()  # asked before the pipe is emptied, so nothing is missed
             for message in _received(receiver):
@@ -100,10 +107,14 @@ def _supervise(
         if failures:
             deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
     if failures:
-        # A rank that loses its peers fails too, with a library's error: the cause is the one for the user.
-        raise next((f for f in failures if isinstance(f, USER_ERRORS)), failures[0])
+        raise min(failures, key=_remoteness)
     assert result is not None
     return result
+
+
+def _remoteness(failure: Exception) -> int:
+    """How far from the cause: a rank that loses another one fails, too."""
+    return 2 if isinstance(failure, LostRankError) else 0 if isinstance(failure, USER_ERRORS) else 1
 
 
 def _death(process: BaseProcess) -> TrainingError:
@@ -130,9 +141,13 @@ def _received(receiver: Connection) -> list[object]:
 def _run_rank(config: RunConfig, environment: dict[str, str], sender: Connection) -> None:
     """Body of one process."""
     os.environ.update(environment)
+    # A rank inherits "spawn" for its own children; loaders fork their workers, as they do under torchrun.
+    mp.set_start_method("fork", force=True)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(max(1, torch.get_num_threads() // int(environment["WORLD_SIZE"])))
     is_main = environment["RANK"] == "0"
+    for number in STOP_SIGNALS:  # one that comes after the run ends nothing any more
+        signal.signal(number, lambda number, frame: None)
     show_notes()
     try:
         result = pretrain(config, on_step=sender.send if is_main else None)
@@ -144,6 +159,15 @@ def _run_rank(config: RunConfig, environment: dict[str, str], sender: Connection
         pass  # the parent has it too and speaks for all
     except Exception:
         sender.send(RuntimeError(traceback.format_exc()))
+
+
+@contextmanager
+def _blocked(signals: Iterable[int]) -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with_parent() -> None:

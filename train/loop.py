@@ -163,6 +163,8 @@ class _Run:
                 if must_save:  # 5
                     self.state.save(done, is_last)
                 if is_last:
+                    # When one rank ends, launchers end the others: none may before the checkpoint is whole.
+                    self.world.gather(None)
                     break
         last_report = report if self.world.is_main else None
         return RunResult(self.state.checkpoint, done, done - start, last_report, stopped_by)

@@ -34,7 +34,7 @@ class StopRequest:
 
 @contextmanager
 def stop_signals_noted() -> Iterator[StopRequest]:
-    """Within the block, `STOP_SIGNALS` are noted instead of ending the process.
+    """Within the block, `STOP_SIGNALS` are noted instead of ending the process, those that were blocked, too.
 
     Only the main thread can receive signals: in another one nothing is ever noted.
     """
@@ -47,9 +47,11 @@ def stop_signals_noted() -> Iterator[StopRequest]:
         request.signal = number
 
     previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     try:
         yield request
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in previous.items():
             signal.signal(number, handler)
 
