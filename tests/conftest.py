@@ -38,6 +38,18 @@ def run_ranks() -> Callable[..., None]:
     return run
 
 
+@pytest.fixture
+def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """SLURM's commands on PATH, played by `tests/ranks/fake_slurm.py`; gives the folder of its notes."""
+    (tmp_path / "bin").mkdir()
+    for name in ("sbatch", "srun", "scontrol", "squeue"):
+        (tmp_path / "bin" / name).symlink_to(Path(__file__).parent / "ranks" / "fake_slurm.py")
+    (tmp_path / "notes").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE_SLURM", str(tmp_path / "notes"))
+    return tmp_path / "notes"
+
+
 @pytest.fixture(scope="session")
 def kernel_device() -> torch.device:
     """Where this process can run Triton kernels: a CUDA device, or the CPU in a child of `run_interpreted`.

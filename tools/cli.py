@@ -4,6 +4,7 @@ Heavy libraries are imported inside the commands, so that `--help` is quick.
 """
 
 import os
+import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ from tools.console import (
     EXIT_INTERRUPTED,
     EXIT_PREEMPTED,
     EXIT_SHORTFALL,
+    EXIT_USER_ERROR,
     Commands,
     leave,
     say,
@@ -119,6 +121,12 @@ def pretrain(
     procs: Annotated[
         int | None, typer.Option(min=1, help="Local processes; default one per GPU, or 1 without a GPU.")
     ] = None,
+    slurm: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY=VALUE,...", help="Submit as a SLURM job and return; keys and meanings below."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Pretrain a twin as the recipe CONFIG says.
@@ -137,18 +145,30 @@ def pretrain(
     Writes into run_dir: config.yaml (all settings), checkpoint.pt and checkpoint.previous.pt, metrics.jsonl,
     tensorboard/.
 
+    --slurm queues the run with one task per GPU. Its keys: nodes (1), gpus per node (1), cpus per GPU
+    (data.workers + 1), time (the partition's default), signal (120: seconds before that limit at which the
+    run saves and is queued again, to go on from there), mem per node, partition, account, qos, constraint,
+    reservation, exclude, name (run_dir's). Scripts and logs lie in run_dir/slurm/. In a batch script of your
+    own, srun fastbarlow pretrain CONFIG with one task per GPU does the same.
+
     Examples
 
         fastbarlow pretrain configs/imagenet_rn50_8xh100.yaml run_dir=runs/a data.path=train.beton
         fastbarlow pretrain configs/cifar10_rn18.yaml train.device=cpu --procs 2
         torchrun --nproc-per-node 8 --no-python fastbarlow pretrain configs/imagenet_rn50_8xh100.yaml
+        fastbarlow pretrain configs/imagenet_rn50_32xv100.yaml --slurm nodes=4,gpus=8,cpus=10,time=24:00:00
     """
     from train.config import load_config
     from train.launch import launch, show_notes
     from train.loop import pretrain as pretrain_run
+    from train.slurm import join_step, requeue
 
     run = load_config(config, overrides or [])
     show_notes()
+    if slurm is not None:
+        _submit(run, slurm, procs, as_json=as_json)
+        return
+    join_step()
     num_processes = 1 if "RANK" in os.environ else procs or _default_processes(run)
     is_main = int(os.environ.get("RANK", 0)) == 0
     try:
@@ -162,6 +182,8 @@ def pretrain(
     if is_main:
         _tell(result, as_json=as_json)
     if result.stopped_by is not None:
+        if is_main and "SLURM_JOB_ID" in os.environ and requeue(os.environ["SLURM_JOB_ID"]):
+            say("SLURM has put the job back into its queue.", as_json=True)
         raise typer.Exit(EXIT_PREEMPTED)
 
 
@@ -290,6 +312,20 @@ def export(
         return
     weights = export_backbone(checkpoint, out)
     say(f"{out}: {weights.architecture}, {len(weights.state)} tensors.")
+
+
+def _submit(run: "RunConfig", slurm: str, procs: int | None, *, as_json: bool) -> None:
+    from train.slurm import parse_job, submit
+
+    if procs is not None:
+        leave("--slurm starts one process per GPU; leave --procs out.", EXIT_USER_ERROR)
+    # -P: a folder named tools where the job runs is not this one.
+    job = submit(run, parse_job(slurm), [sys.executable, "-P", "-m", "tools.cli", "pretrain"])
+    say(f"Submitted job {job.job_id} with {job.ranks} ranks; its script is {job.script}.", as_json=as_json)
+    say(f"Watch it:  squeue -j {job.job_id}; tail -F {job.log}", as_json=as_json)
+    say(f"Cancel it: scancel {job.job_id} (it saves first; submitted again, it goes on)", as_json=as_json)
+    if as_json:
+        show_json({"job_id": job.job_id, "ranks": job.ranks, "log": str(job.log), "script": str(job.script)})
 
 
 def _default_processes(run: "RunConfig") -> int:
