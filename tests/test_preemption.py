@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from tools.cli import app
-from train.checkpoint import load_checkpoint
+from train.checkpoint import CheckpointWriter, load_checkpoint
 from train.config import RunConfig, save_config
 from train.distributed import World
 from train.loop import pretrain
@@ -114,6 +114,26 @@ def test_thread_that_cannot_receive_signals_can_train_all_the_same() -> None:
     thread.start()
     thread.join()
     assert noted == [0]
+
+
+def test_checkpoint_wanted_on_a_gpu_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was wanted in all the steps before the news arrived; after that these are old news."""
+    saved: list[int] = []
+
+    class LaggingExchange(NewsExchange):
+        def __init__(self, world: World) -> None:
+            super().__init__(world)
+            self._lag = 2
+
+    def write(writer: CheckpointWriter, state: dict, *, is_last: bool) -> bool:
+        saved.append(state["step"])
+        writer._due = float("inf")
+        return True
+
+    monkeypatch.setattr("train.loop.NewsExchange", LaggingExchange)
+    monkeypatch.setattr(CheckpointWriter, "write", write)
+    pretrain(make_config(tmp_path, max_steps=7, checkpoint={"every_minutes": 1e-9}))
+    assert saved == [3, 7]
 
 
 def test_news_of_a_gpu_are_read_when_it_has_passed_them(monkeypatch: pytest.MonkeyPatch) -> None:
