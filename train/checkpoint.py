@@ -209,7 +209,8 @@ def check_resumable(state: dict[str, Any], config: RunConfig, num_samples: int, 
 def check_fits(state: dict[str, Any], twin: Twin, optimizer: Lars, path: Path) -> None:
     """Raise `TrainingError` unless `state` has the tensors of `twin` and `optimizer`, by name and shape.
 
-    Those of an intact checkpoint are, where `check_resumable` has found nothing.
+    An intact checkpoint has them, where `check_resumable` has found nothing. Of the probe and the scaler,
+    which may be unlike the run's, it must have what there is to load.
     """
     groups = optimizer.state_dict()["param_groups"]
     shapes_P = [p.shape for group in optimizer.param_groups for p in group["params"]]
@@ -222,6 +223,10 @@ def check_fits(state: dict[str, Any], twin: Twin, optimizer: Lars, path: Path) -
         is_fit &= all(then.keys() == now.keys() for then, now in zip(saved, groups, strict=True))
         for number, of_parameter in state["optimizer"]["state"].items():
             is_fit &= is_plain(of_parameter["mu"]) and of_parameter["mu"].shape == shapes_P[number]
+        probe, scaler = state.get("probe", {}), state["scaler"]
+        is_fit &= probe.keys() <= {"weight"} and all(map(is_plain, probe.values()))
+        is_fit &= not scaler or scaler.keys() == torch.amp.GradScaler("cpu").state_dict().keys()
+        is_fit &= all(isinstance(number, float | int) for number in scaler.values())
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         is_fit = False
     if not is_fit:
