@@ -184,7 +184,14 @@ def test_safetensors_that_lie_are_refused(content: bytes, recipe: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    "metadata", [{"mean": "[" * 10**5}, {"std": "[0, 0, 0]"}, {"mean": '["a"]'}, {"std": "{}"}]
+    "metadata",
+    [
+        {"mean": "[" * 10**5},
+        {"std": "[0, 0, 0]"},
+        {"mean": '["a"]'},
+        {"std": "{}"},
+        {"mean": f"[1{400 * '0'}, 1, 1]"},
+    ],
 )
 def test_metadata_that_lie_are_refused(metadata: dict, tmp_path: Path) -> None:
     from safetensors.torch import save_file

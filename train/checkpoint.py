@@ -252,7 +252,8 @@ def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Leaves of nested dicts by their dotted keys."""
     flat: dict[str, Any] = {}
     for name, value in section.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        key = f"{prefix}{name}"
+        flat |= _flatten(value, f"{key}.") if isinstance(value, dict) else {key: value}
     return flat
 
 

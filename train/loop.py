@@ -52,8 +52,9 @@ def pretrain(config: RunConfig, on_step: Callable[[StepReport], None] | None = N
     """Train as `config` says, from the run directory's checkpoint if there is one, and save the result.
 
     Under torchrun each process is one rank. On rank 0 `on_step` receives a report every `train.log_every`
-    steps. SIGTERM or SIGUSR1, to any rank, end the run after the step under way (on GPUs `LAG` steps later),
-    which is saved. Raises `DataError`, `ModelError` or `TrainingError`, with the last checkpoint intact.
+    steps. SIGTERM or SIGUSR1, to any rank, end the run after the step under way, on GPUs two steps later, and
+    what has been done is saved. Raises `DataError`, `ModelError` or `TrainingError`, with the last checkpoint
+    intact.
     """
     with stop_signals_noted() as stop, process_group(config.train.device) as world:
         configure_backends(config)
