@@ -148,3 +148,5 @@ def test_news_of_a_gpu_are_read_when_it_has_passed_them(monkeypatch: pytest.Monk
     nothing = News(0, 0, False, -1, 0)
     assert heard[:2] == [nothing, nothing]
     assert heard[2:] == [News(10, 0, False, 5, 10), News(11, 15, False, 6, 11), News(12, 0, True, 7, 12)]
+    assert exchange.rest() == [News(13, 0, False, 8, 13), News(14, 0, False, 9, 14)]
+    assert exchange.rest() == []

@@ -141,6 +141,9 @@ class _Run:
                 if news.stop_signal and done < self.total_steps:
                     stopped_by = signal.Signals(news.stop_signal).name
                 is_last = stopped_by is not None or done == self.total_steps
+                if is_last:
+                    for late in self.exchange.rest():
+                        self._watch_skipped_steps(late)
                 must_report |= is_last
                 if must_report:  # 4
                     meter.measure(
