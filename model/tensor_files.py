@@ -2,6 +2,9 @@
 
 `torch.load` takes a file apart with a pickle machine, which can call any function that a file names; here it
 may call only the few that make tensors (`weights_only`). A `.safetensors` file is a table of numbers.
+
+The memory that a file asks for is bounded by its size only for `.safetensors`: a pickle made for it can have
+`weights_only` fill as much as it likes, for example with a `bytearray` of a given length.
 """
 
 import pickle
@@ -93,7 +96,7 @@ def damaged(path: Path) -> ModelError:
 def _check_archive(path: Path) -> None:
     """Raise `ValueError` unless all of the archive is as `torch.save` stores it, uncompressed and intact.
 
-    So it cannot swell: no more memory is asked for than the file has bytes.
+    So no part of it can swell when it is read.
     """
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()

@@ -53,6 +53,8 @@ def read_twin_weights(path: Path) -> TwinWeights:
     rest = {name: value for name, value in network.items() if not name.startswith(BACKBONE)}
     if not rest:
         return TwinWeights(backbone, None, None, file.content)
+    if any(value.untyped_storage().nbytes() < value.nbytes for value in rest.values()):
+        raise ModelError(f"{path} claims more numbers than it holds; pass an intact checkpoint.")
     widths = _widths(rest)
     expected = _outline(backbone, widths).state_dict() if widths else {}
     shapes = {name: tuple(v.shape) for name, v in expected.items() if name.startswith(PROJECTOR)}
@@ -63,8 +65,6 @@ def read_twin_weights(path: Path) -> TwinWeights:
             f"{path} holds no projector that fits its {backbone.architecture}: {misfit or 'no layers'}; pass "
             f"an intact checkpoint, or a backbone alone."
         )
-    if any(value.untyped_storage().nbytes() < value.nbytes for value in rest.values()):
-        raise ModelError(f"{path} claims more numbers than it holds; pass an intact checkpoint.")
     projector = {name.removeprefix(PROJECTOR): rest[name] for name in shapes}
     return TwinWeights(backbone, projector, widths, file.content)
 

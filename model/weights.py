@@ -98,7 +98,7 @@ def _from_checkpoint(config: Any, state: dict[str, Tensor], path: Path) -> Backb
         normalisation = _checked(augment["mean"], augment["std"])
         eval_settings = config.get("eval")
         shapes = _shapes_of(name, small_stem)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ModelError(
             f"{path} is not a checkpoint of fastbarlow: its config names no known backbone, or no "
             f"normalisation; pass the run's checkpoint.pt or an exported file."
@@ -135,12 +135,12 @@ def _normalisation_in(metadata: Mapping[str, str], path: Path) -> Normalisation:
             json.loads(metadata.get(key, json.dumps(default))) for key, default in IMAGENET._asdict().items()
         )
         return _checked(mean, std)
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise damaged(path) from error
 
 
 def _checked(mean: Any, std: Any) -> Normalisation:
-    """Raises `ValueError` or `TypeError` unless these are a mean and a deviation for each colour."""
+    """Raises `ValueError`, `TypeError` or `OverflowError` unless these are for each of three colours."""
     mean, std = tuple(map(float, mean)), tuple(map(float, std))
     if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
         raise ValueError(f"mean {mean} and deviation {std} do not normalise three colours")

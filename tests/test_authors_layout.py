@@ -204,6 +204,13 @@ def test_what_does_not_fit_is_one_sentence(config: RunConfig, tmp_path: Path) ->
         ({last: 3}, "holds neither"),
         ({last: torch.full((9, 12), torch.nan)}, "not all finite"),
         ({last: torch.zeros(()).expand(9, 12)}, "claims more numbers than it holds"),
+        (
+            {
+                "module.projector.3.weight": torch.zeros(()).expand(2**40, 10),
+                last: torch.zeros(()).expand(2**40, 12),  # a layer between the two has no size in 64 bits
+            },
+            "claims more numbers than it holds",
+        ),
         ({"module.projector.new": torch.zeros(1)}, "unexpected projector.new"),
         ({"module.head.weight": torch.zeros(1)}, "unexpected head.weight"),
     ):
@@ -227,6 +234,12 @@ def test_export_refuses_an_optimiser_of_another_network(tmp_path: Path, optimize
     with pytest.raises(ModelError, match=r"The optimiser's state in \S* does not fit its network"):
         export_twin(tmp_path / "checkpoint.pth", tmp_path / "again.pth")
     assert not (tmp_path / "again.pth").exists()
+
+
+def test_export_refuses_epochs_that_are_no_number(tmp_path: Path) -> None:
+    save_as_theirs(random_authors_model(), tmp_path / "checkpoint.pth", epoch=torch.zeros(2))
+    with pytest.raises(ModelError, match="pass an intact checkpoint"):
+        export_twin(tmp_path / "checkpoint.pth", tmp_path / "again.pth")
 
 
 @pytest.mark.parametrize("name", BACKBONES)

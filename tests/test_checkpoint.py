@@ -161,6 +161,24 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(
     path.write_bytes(b"")
     with pytest.raises(TrainingError, match=r"checkpoint\.pt is damaged"):
         load_last_good(path)
+    path.unlink()  # as that error advises
+    with pytest.raises(TrainingError, match=r"checkpoint\.previous\.pt is damaged"):
+        load_last_good(path)
+
+
+def test_checkpoint_that_cannot_be_looked_for_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rather than taken for none, which would start the run anew."""
+    with pytest.raises(TrainingError, match="name too long"):
+        load_last_good(tmp_path / (300 * "x") / "checkpoint.pt")
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("pathlib.Path.replace", fail)
+    with pytest.raises(TrainingError, match=r"Cannot rename .*: Read-only file system"):
+        set_aside(tmp_path / "checkpoint.pt")
 
 
 def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:
@@ -212,13 +230,11 @@ def test_checkpoint_that_cannot_be_written_is_due_again_soon(
     assert not writer.is_due
     now[0] += 1
     assert writer.is_due
-    writer.write(state(1), is_last=False)
-    assert writer.saved_step == -1 and not writer.is_due
+    assert not writer.write(state(1), is_last=False) and not writer.is_due
     assert "No space left on device. Training goes on, and this is tried again in 30 s." in caplog.text
     now[0] += RETRY_SECONDS
     assert writer.is_due
-    writer.write(state(2), is_last=False)
-    assert writer.saved_step == 2 and not writer.is_due
+    assert writer.write(state(2), is_last=False) and not writer.is_due
     now[0] += 120
     assert writer.is_due
     assert not CheckpointWriter(tmp_path / "checkpoint.pt", every_minutes=None).is_due
@@ -229,8 +245,8 @@ def test_last_checkpoint_is_tried_until_there_is_room(
 ) -> None:
     disk = FullDisk(monkeypatch, 3)
     writer = CheckpointWriter(tmp_path / "checkpoint.pt", every_minutes=None)
-    writer.write(state(5), is_last=True)
-    assert (writer.saved_step, disk.slept) == (5, [RETRY_SECONDS] * 3)
+    assert writer.write(state(5), is_last=True)
+    assert disk.slept == [RETRY_SECONDS] * 3
     disk = FullDisk(monkeypatch, 100)
     with pytest.raises(TrainingError, match="No space left on device"):
         writer.write(state(6), is_last=True)

@@ -184,7 +184,14 @@ def test_safetensors_that_lie_are_refused(content: bytes, recipe: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    "metadata", [{"mean": "[" * 10**5}, {"std": "[0, 0, 0]"}, {"mean": '["a"]'}, {"std": "{}"}]
+    "metadata",
+    [
+        {"mean": "[" * 10**5},
+        {"std": "[0, 0, 0]"},
+        {"mean": '["a"]'},
+        {"std": "{}"},
+        {"mean": f"[1{400 * '0'}, 1, 1]"},
+    ],
 )
 def test_metadata_that_lie_are_refused(metadata: dict, tmp_path: Path) -> None:
     from safetensors.torch import save_file
@@ -194,7 +201,9 @@ def test_metadata_that_lie_are_refused(metadata: dict, tmp_path: Path) -> None:
         load_backbone(tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize("part", ["config", "model", "optimizer", "step", "mu", "shape"])
+@pytest.mark.parametrize(
+    "part", ["config", "model", "optimizer", "step", "mu", "shape", "probe", "weight", "scaler", "scale"]
+)
 def test_run_does_not_go_on_from_a_checkpoint_of_other_parts(
     part: str, recipe: Path, trained: Path, tmp_path: Path
 ) -> None:
@@ -204,8 +213,19 @@ def test_run_does_not_go_on_from_a_checkpoint_of_other_parts(
         state["optimizer"]["state"][0]["mu"] = torch.zeros(3)
     elif part == "shape":
         state["model"][last] = torch.zeros(3)
+    elif part == "weight":
+        state["probe"] = {"weight": 5}
+    elif part == "scale":
+        state["scaler"] = {**torch.amp.GradScaler("cpu").state_dict(), "scale": "x"}
     else:
-        state[part] = {"config": [], "model": {last: 5}, "optimizer": {"state": {}}, "step": "x"}[part]
+        state[part] = {
+            "config": [],
+            "model": {last: 5},
+            "optimizer": {"state": {}},
+            "step": "x",
+            "probe": [7],
+            "scaler": {"scale": 1.0},
+        }[part]
     torch.save(state, tmp_path / "checkpoint.pt")
     sentence = refuse("pretrain", recipe, f"run_dir={tmp_path}", "train.max_steps=2")
     assert str(tmp_path / "checkpoint.pt") in sentence and "start anew" in sentence

@@ -92,6 +92,29 @@ def test_wandb_receives_the_reports_and_goes_on_with_its_run(
     assert len(fake.started) == 2  # not without a project
 
 
+def test_wandb_that_ends_before_the_run_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake = FakeWandb()
+
+    def fail(*_: object, **__: object) -> None:
+        raise fake.Error("the service has ended\nmore")
+
+    fake.log = fail
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with closing(MetricsWriter(tmp_path, 0, wandb="birds")) as writer:
+        for step in (30, 31):
+            writer.write(replace(PLAIN, step=step))
+    assert caplog.messages == [
+        "W&B takes no more reports (the service has ended); training goes on without it."
+    ]
+    assert [record["step"] for record in read_metrics(tmp_path)] == [30, 31] and not fake.finished
+    del fake.log
+    fake.finish = fail
+    MetricsWriter(tmp_path, 31, wandb="birds").close()
+    assert len(caplog.messages) == 2
+
+
 def test_wandb_that_is_missing_or_refuses_is_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

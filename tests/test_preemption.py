@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from tools.cli import app
-from train.checkpoint import load_checkpoint
+from train.checkpoint import CheckpointWriter, load_checkpoint
 from train.config import RunConfig, save_config
 from train.distributed import World
 from train.loop import pretrain
@@ -116,6 +116,26 @@ def test_thread_that_cannot_receive_signals_can_train_all_the_same() -> None:
     assert noted == [0]
 
 
+def test_checkpoint_wanted_on_a_gpu_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was wanted in all the steps before the news arrived; after that these are old news."""
+    saved: list[int] = []
+
+    class LaggingExchange(NewsExchange):
+        def __init__(self, world: World) -> None:
+            super().__init__(world)
+            self._lag = 2
+
+    def write(writer: CheckpointWriter, state: dict, *, is_last: bool) -> bool:
+        saved.append(state["step"])
+        writer._due = float("inf")
+        return True
+
+    monkeypatch.setattr("train.loop.NewsExchange", LaggingExchange)
+    monkeypatch.setattr(CheckpointWriter, "write", write)
+    pretrain(make_config(tmp_path, max_steps=7, checkpoint={"every_minutes": 1e-9}))
+    assert saved == [3, 7]
+
+
 def test_news_of_a_gpu_are_read_when_it_has_passed_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is waited for, and nothing is lost."""
     exchange = NewsExchange(World(0, 1, CPU))
@@ -128,3 +148,5 @@ def test_news_of_a_gpu_are_read_when_it_has_passed_them(monkeypatch: pytest.Monk
     nothing = News(0, 0, False, -1, 0)
     assert heard[:2] == [nothing, nothing]
     assert heard[2:] == [News(10, 0, False, 5, 10), News(11, 15, False, 6, 11), News(12, 0, True, 7, 12)]
+    assert exchange.rest() == [News(13, 0, False, 8, 13), News(14, 0, False, 9, 14)]
+    assert exchange.rest() == []

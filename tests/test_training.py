@@ -216,6 +216,17 @@ def longest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+def test_full_disk_at_the_start_leaves_the_run_directory_as_it_was(config: RunConfig) -> None:
+    """A recipe cut short could be a valid one of other settings, and half a name a run of its own."""
+    config.run_dir.mkdir()
+    save_config(config, config.run_dir / "config.yaml")
+    (config.run_dir / "metrics.jsonl").write_text('{"step": 0}\n')
+    before = {path.name: path.read_bytes() for path in config.run_dir.iterdir()}
+    with longest_file(10):
+        assert "run_dir" in failure(config, TrainingError)
+    assert {path.name: path.read_bytes() for path in config.run_dir.iterdir()} == before
+
+
 def test_damaged_lines_of_metrics_are_skipped(tmp_path: Path) -> None:
     lines = b'{"step": 1}\n{"step": 2, "lo\n\xff\0\n7\n{"step": 3}\n{"step": 4'
     (tmp_path / "metrics.jsonl").write_bytes(lines)

@@ -77,7 +77,7 @@ def _authors_checkpoint(weights: TwinWeights, path: Path) -> dict[str, Any]:
         momenta, options = _optimizer_of(weights.content)
         if any(tuple(mu.shape) != shapes[number] for number, mu in momenta.items()):
             raise ValueError("momenta of other shapes")
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
         raise ModelError(
             f"The optimiser's state in {path} does not fit its network; pass an intact checkpoint."
         ) from error

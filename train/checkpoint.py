@@ -75,11 +75,11 @@ class CheckpointWriter:
     """Writes a run's checkpoints; where that fails, training goes on, and it is tried again.
 
     `every_minutes` after the last one, or `RETRY_SECONDS` after a failure, `is_due` says that the next one is
-    wanted. `saved_step` is that of the last good one, -1 for none.
+    wanted.
     """
 
     def __init__(self, path: Path, every_minutes: float | None) -> None:
-        self.path, self.saved_step = path, -1
+        self.path = path
         self._seconds = float("inf") if every_minutes is None else 60 * every_minutes
         self._due = time.monotonic() + self._seconds
 
@@ -87,8 +87,8 @@ class CheckpointWriter:
     def is_due(self) -> bool:
         return time.monotonic() >= self._due
 
-    def write(self, state: dict[str, Any], *, is_last: bool) -> None:
-        """Write `state`, or warn that it cannot be done.
+    def write(self, state: dict[str, Any], *, is_last: bool) -> bool:
+        """Write `state`, or warn that it cannot be done; returns whether it is written.
 
         The last one of a process is tried `FINAL_TRIES` times; then `TrainingError` is raised.
         """
@@ -105,14 +105,14 @@ class CheckpointWriter:
                     time.sleep(RETRY_SECONDS)
             else:
                 self._due = time.monotonic() + self._seconds
-                self.saved_step = state["step"]
-                return
+                return True
+        return False
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     """Replace `path` by `state` in one atomic step that survives a power cut; what it held before is kept.
 
-    Raises `TrainingError` where that fails; `path` then holds a whole checkpoint, if it held one before.
+    Raises `TrainingError` where that fails; `path`, or the checkpoint before it, then still is a whole one.
     """
     try:
         write_atomically(
@@ -131,24 +131,35 @@ def load_last_good(path: Path) -> tuple[dict[str, Any] | None, bool]:
     (None, True) where there is neither. Raises `TrainingError` where none of those that exist can be taken.
     """
     previous = _beside(path, PREVIOUS)
-    if not path.exists() and not previous.exists():
+    if not _exists(path) and not _exists(previous):
         return None, True
     try:
         return load_checkpoint(path), True
     except TrainingError as error:
         is_damaged = isinstance(error, DamagedCheckpointError)
-        if not previous.exists() or (path.exists() and not is_damaged):
+        if not _exists(previous) or (_exists(path) and not is_damaged):
+            raise
+        try:
+            state = load_checkpoint(previous)
+        except DamagedCheckpointError:
+            if is_damaged:
+                raise error from None
             raise
         _log.warning("%s The run goes on from the one before it, %s.", error, previous)
-        try:
-            return load_checkpoint(previous), not is_damaged
-        except DamagedCheckpointError:
-            raise error from None
+        return state, not is_damaged
 
 
 def set_aside(path: Path) -> None:
-    """Rename a damaged checkpoint, lest the next one put it in the place of the good one before."""
-    path.replace(_beside(path, DAMAGED))
+    """Rename a damaged checkpoint, lest the next one put it in the place of the good one before.
+
+    Raises `TrainingError` where that fails.
+    """
+    try:
+        path.replace(_beside(path, DAMAGED))
+    except OSError as error:
+        raise TrainingError(
+            f"Cannot rename the damaged checkpoint {path}: {error.strerror}; make its folder writable."
+        ) from error
 
 
 def load_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dict[str, Any]:
@@ -198,7 +209,8 @@ def check_resumable(state: dict[str, Any], config: RunConfig, num_samples: int, 
 def check_fits(state: dict[str, Any], twin: Twin, optimizer: Lars, path: Path) -> None:
     """Raise `TrainingError` unless `state` has the tensors of `twin` and `optimizer`, by name and shape.
 
-    Those of an intact checkpoint are, where `check_resumable` has found nothing.
+    An intact checkpoint has them, where `check_resumable` has found nothing. Of the probe and the scaler,
+    which may be unlike the run's, it must have what there is to load.
     """
     groups = optimizer.state_dict()["param_groups"]
     shapes_P = [p.shape for group in optimizer.param_groups for p in group["params"]]
@@ -211,6 +223,10 @@ def check_fits(state: dict[str, Any], twin: Twin, optimizer: Lars, path: Path) -
         is_fit &= all(then.keys() == now.keys() for then, now in zip(saved, groups, strict=True))
         for number, of_parameter in state["optimizer"]["state"].items():
             is_fit &= is_plain(of_parameter["mu"]) and of_parameter["mu"].shape == shapes_P[number]
+        probe, scaler = state.get("probe", {}), state["scaler"]
+        is_fit &= probe.keys() <= {"weight"} and all(map(is_plain, probe.values()))
+        is_fit &= not scaler or scaler.keys() == torch.amp.GradScaler("cpu").state_dict().keys()
+        is_fit &= all(isinstance(number, float | int) for number in scaler.values())
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         is_fit = False
     if not is_fit:
@@ -218,6 +234,14 @@ def check_fits(state: dict[str, Any], twin: Twin, optimizer: Lars, path: Path) -
             f"The tensors in the checkpoint {path} are not those of the network that its own config names; "
             f"move it away to start anew."
         )
+
+
+def _exists(path: Path) -> bool:
+    """Raises `TrainingError` where that cannot be known: to start anew could cost a good checkpoint."""
+    try:
+        return path.exists()
+    except OSError as error:
+        raise TrainingError(f"Cannot read the checkpoint {path}: {error.strerror}.") from error
 
 
 def _beside(path: Path, kind: str) -> Path:
@@ -228,7 +252,8 @@ def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Leaves of nested dicts by their dotted keys."""
     flat: dict[str, Any] = {}
     for name, value in section.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        key = f"{prefix}{name}"
+        flat |= _flatten(value, f"{key}.") if isinstance(value, dict) else {key: value}
     return flat
 
 

@@ -17,6 +17,7 @@ from eval.config import EvalConfig
 from model.config import ModelConfig, Section
 from pipelines.config import DataConfig
 from train.errors import ConfigError
+from train.files import write_text_atomically
 
 
 class OptimConfig(Section):
@@ -153,7 +154,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write every setting of `config` as YAML; `load_config` reads it back equal. Raises `OSError`."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    write_text_atomically(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:

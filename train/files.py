@@ -12,8 +12,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None], keep: Path |
 
     1. write beside it  2. flush to the disk  3. rename over it  4. flush the folder's entry
     Errors of `write` and `OSError` pass through, and nothing stays beside `path`. Up to step 3 `path` still
-    holds what it held before, and from then on `keep` does, if given; where only step 4 fails, `path` holds
-    the new content.
+    holds what it held before, and from then on `keep` does, if given (without hard links from just before
+    step 3); where only step 4 fails, `path` holds the new content.
     """
     beside = path.with_name(f"{path.name}.tmp")
     try:
@@ -33,6 +33,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None], keep: Path |
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """The same for text, as UTF-8."""
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _give_second_name(path: Path, other: Path) -> None:

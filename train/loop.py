@@ -52,8 +52,9 @@ def pretrain(config: RunConfig, on_step: Callable[[StepReport], None] | None = N
     """Train as `config` says, from the run directory's checkpoint if there is one, and save the result.
 
     Under torchrun each process is one rank. On rank 0 `on_step` receives a report every `train.log_every`
-    steps. SIGTERM or SIGUSR1, to any rank, end the run after the step under way, which is saved. Raises
-    `DataError`, `ModelError` or `TrainingError`, with the last checkpoint intact.
+    steps. SIGTERM or SIGUSR1, to any rank, end the run after the step under way, on GPUs two steps later, and
+    what has been done is saved. Raises `DataError`, `ModelError` or `TrainingError`, with the last checkpoint
+    intact.
     """
     with stop_signals_noted() as stop, process_group(config.train.device) as world:
         configure_backends(config)
@@ -140,6 +141,9 @@ class _Run:
                 if news.stop_signal and done < self.total_steps:
                     stopped_by = signal.Signals(news.stop_signal).name
                 is_last = stopped_by is not None or done == self.total_steps
+                if is_last:
+                    for late in self.exchange.rest():
+                        self._watch_skipped_steps(late)
                 must_report |= is_last
                 if must_report:  # 4
                     meter.measure(
@@ -152,7 +156,7 @@ class _Run:
                     )
                 if self._is_knn_due(done):
                     self._measure_knn(meter)
-                must_save = is_last or news.wants_checkpoint or self._is_checkpoint_due(done)
+                must_save = is_last or self.state.is_wanted(news) or self._is_checkpoint_due(done)
                 for report in meter.reports(wait=must_save):
                     if self.world.is_main:
                         write(report)
@@ -196,14 +200,16 @@ class _Run:
     def _exchange_news(self, done: int) -> News:
         """Also waits for nothing; what is not known yet is good news."""
         state, skipped = self.state, self.train_step.skipped_in_row
-        return self.exchange.exchange(done, self.stop.signal, state.wants_saving, state.saved_step, skipped)
+        news = self.exchange.exchange(done, self.stop.signal, state.wants_saving, state.saved_step, skipped)
+        state.saved_step = max(state.saved_step, news.saved_step)
+        return news
 
     def _watch_skipped_steps(self, news: News) -> None:
         if not news.skipped_in_row:
             return
         self.skipped_steps += 1
         if news.skipped_in_row > self.config.train.max_skipped_steps:
-            raise self.state.failure("loss or its gradient", news.step, news.saved_step)
+            raise self.state.failure("loss or its gradient", news.step)
         # In fp16 that is how the scaler finds its scale.
         is_usual = self.train_step.scaler.is_enabled() and news.skipped_in_row < USUAL_SKIPS
         if self.world.is_main and not is_usual:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.errors import TrainingError
+from train.files import write_text_atomically
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -84,9 +85,7 @@ class MetricsWriter:
         self._wandb = None if wandb is None else _open_wandb(wandb, run_dir, settings or {})
         path = run_dir / METRICS_NAME
         kept = [r for r in read_metrics(run_dir) if r["step"] <= start_step] if path.exists() else []
-        beside = path.with_name(f"{METRICS_NAME}.tmp")
-        beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        beside.replace(path)
+        write_text_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._has_lost = False
         self._board: SummaryWriter | None = None
         self._open_board(start_step)
@@ -103,15 +102,24 @@ class MetricsWriter:
             for name in record.keys() - _NOT_DRAWN:
                 self._board.add_scalar(name, record[name], report.step)
             self._has_lost = False
-        if self._wandb is not None:
-            self._wandb.log(record, step=report.step)
+        self._tell_wandb("log", record, step=report.step)
 
     def close(self) -> None:
-        if self._wandb is not None:
-            self._wandb.finish()
+        self._tell_wandb("finish")
         if self._board is not None:
             with self._losses_told():
                 self._board.close()
+
+    def _tell_wandb(self, method: str, *arguments: Any, **options: Any) -> None:
+        """A failure is a warning and the last word: W&B's process has ended, or cannot write either."""
+        if self._wandb is None:
+            return
+        try:
+            getattr(self._wandb, method)(*arguments, **options)
+        except Exception as error:  # it has errors of its own, those of its sockets and others
+            self._wandb = None
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            _log.warning("W&B takes no more reports (%s); training goes on without it.", reason)
 
     def _open_board(self, start_step: int) -> None:
         _be_quiet_about_full_disks()
@@ -159,7 +167,7 @@ def _open_wandb(project: str, run_dir: Path, settings: dict[str, Any]) -> Any:
         ) from error
     name = run_dir / WANDB_NAME
     if not name.exists():
-        name.write_text(secrets.token_hex(8), encoding="utf-8")
+        write_text_atomically(name, secrets.token_hex(8))
     run_id = name.read_text(encoding="utf-8").strip()
     try:
         return wandb.init(

@@ -92,8 +92,13 @@ class NewsExchange:
         if self._world.size > 1:
             dist.all_reduce(news, dist.ReduceOp.MAX)
         self._coming.append((done, Readback(news)))
-        if len(self._coming) <= self._lag:
-            return News(0, 0, False, -1, 0)
+        return self._hear() if len(self._coming) > self._lag else News(0, 0, False, -1, 0)
+
+    def rest(self) -> list[News]:
+        """What has been told and not heard yet; waits for it."""
+        return [self._hear() for _ in range(len(self._coming))]
+
+    def _hear(self) -> News:
         step, values = self._coming.popleft()
         stop_signal, wants_checkpoint, saved_step, skipped = map(int, values.read())
         return News(step, stop_signal, bool(wants_checkpoint), saved_step, skipped)

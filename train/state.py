@@ -18,6 +18,7 @@ from train.config import RunConfig
 from train.distributed import World
 from train.errors import TrainingError
 from train.initial_weights import load_initial_weights
+from train.preemption import News
 from train.probe import OnlineProbe
 from train.step import TrainStep
 
@@ -25,7 +26,7 @@ from train.step import TrainStep
 class RunState:
     """Network, optimiser, scaler and probe of a run, as one thing that is resumed and saved.
 
-    `saved_step` is that of the last good checkpoint, -1 for none; only rank 0's is right after a save.
+    `saved_step` is that of the last good checkpoint, -1 for none; rank 0 knows it, the others hear of it.
     """
 
     def __init__(
@@ -41,15 +42,17 @@ class RunState:
         self.twin, self.train_step, self.probe = twin, train_step, probe
         self.checkpoint: Path = config.run_dir / CHECKPOINT_NAME
         self.writer = CheckpointWriter(self.checkpoint, config.train.checkpoint.every_minutes)
-
-    @property
-    def saved_step(self) -> int:
-        return self.writer.saved_step
+        self.saved_step = -1
+        self._last_try = -1  # the step of the last checkpoint, written or not
 
     @property
     def wants_saving(self) -> bool:
         """Whether time has come; rank 0 decides."""
         return self.world.is_main and self.writer.is_due
+
+    def is_wanted(self, news: News) -> bool:
+        """Whether rank 0 wanted a checkpoint that has not been written, or tried, since it said so."""
+        return news.wants_checkpoint and news.step > self._last_try
 
     def resume(self) -> int:
         """Take over the run directory's checkpoint; returns the steps it has seen, 0 without one.
@@ -77,7 +80,7 @@ class RunState:
                 self.probe.load_state_dict(state["probe"])
             if state["scaler"] and self.train_step.scaler.is_enabled():
                 self.train_step.scaler.load_state_dict(state["scaler"])
-            self.writer.saved_step = start
+            self.saved_step = start
         else:
             load_initial_weights(self.twin, self.config, self.world)
         return start
@@ -85,6 +88,7 @@ class RunState:
     def save(self, done: int, is_last: bool) -> None:
         """Write the checkpoint, unless the run has gone astray."""
         self._refuse_if_broken(done)
+        self._last_try = done
         if self.world.is_main:
             state = {
                 "config": self.config.model_dump(mode="json"),
@@ -95,20 +99,21 @@ class RunState:
                 "num_samples": self.loader.num_samples,
                 "probe": {} if self.probe is None else self.probe.state_dict(),
             }
-            self.writer.write(state, is_last=is_last)
+            if self.writer.write(state, is_last=is_last):
+                self.saved_step = done
 
     def _refuse_if_broken(self, done: int) -> None:
         """A checkpoint of broken weights would be worse than none: the run could never go on from it."""
         momenta = [state["mu"] for state in self.train_step.optimizer.state.values()]
         tensors = [t for t in (*self.twin.state_dict().values(), *momenta) if t.is_floating_point()]
         if not torch.stack(torch._foreach_norm(tensors)).isfinite().all():
-            raise self.failure("state of the network", done, self.saved_step)
+            raise self.failure("state of the network", done)
 
-    def failure(self, what: str, done: int, saved_step: int) -> TrainingError:
+    def failure(self, what: str, done: int) -> TrainingError:
         """The error for a run in which `what` was not finite after `done` steps."""
         saved = "no checkpoint has been written yet"
-        if saved_step >= 0:
-            saved = f"the last good checkpoint is {self.checkpoint} of step {saved_step}"
+        if self.saved_step >= 0:
+            saved = f"the last good checkpoint is {self.checkpoint} of step {self.saved_step}"
         epoch = (done - 1) // self.loader.steps_per_epoch
         return TrainingError(
             f"The {what} is not finite any more at step {done} (epoch {epoch}); {saved}; "
