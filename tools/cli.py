@@ -199,7 +199,7 @@ def _tell(result: "RunResult", *, as_json: bool) -> None:
     else:
         say(f"{result.checkpoint} has seen all {result.step} steps already; nothing to do.", as_json=as_json)
     if as_json:
-        report = asdict(result.last_report) if result.last_report else None
+        report = result.last_report.record() if result.last_report else None
         show_json({**asdict(result), "checkpoint": str(result.checkpoint), "last_report": report})
 
 

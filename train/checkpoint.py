@@ -29,7 +29,7 @@ CHECKPOINT_NAME = "checkpoint.pt"
 PREVIOUS, DAMAGED = "previous", "damaged"  # checkpoint.previous.pt and checkpoint.damaged.pt lie beside it
 
 RETRY_SECONDS = 30  # after a checkpoint that could not be written
-FINAL_TRIES = 10  # where the process is about to end
+FINAL_SECONDS = 300  # of trying where the process is about to end; the other ranks wait for twice as long
 
 _log = logging.getLogger(__name__)
 KINDS = {
@@ -90,23 +90,24 @@ class CheckpointWriter:
     def write(self, state: dict[str, Any], *, is_last: bool) -> bool:
         """Write `state`, or warn that it cannot be done; returns whether it is written.
 
-        The last one of a process is tried `FINAL_TRIES` times; then `TrainingError` is raised.
+        The last one of a process is tried for `FINAL_SECONDS`; then `TrainingError` is raised.
         """
-        for tries_left in reversed(range(FINAL_TRIES if is_last else 1)):
+        end = time.monotonic() + FINAL_SECONDS
+        while True:
             try:
                 save_checkpoint(state, self.path)
             except TrainingError as error:
-                if is_last and not tries_left:
+                if is_last and time.monotonic() >= end:
                     raise
                 self._due = time.monotonic() + RETRY_SECONDS
                 goes_on = "This is" if is_last else "Training goes on, and this is"
                 _log.warning("%s %s tried again in %g s.", error, goes_on, RETRY_SECONDS)
-                if is_last:
-                    time.sleep(RETRY_SECONDS)
+                if not is_last:
+                    return False
+                time.sleep(RETRY_SECONDS)
             else:
                 self._due = time.monotonic() + self._seconds
                 return True
-        return False
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
