@@ -186,7 +186,7 @@ def test_utilisation_is_the_share_of_the_published_peak() -> None:
 
 RECIPE = """
 run_dir: none
-data: {path: none, image_size: 16, workers: 1}
+data: {path: none, image_size: 20, workers: 1}
 model: {backbone: resnet18, projector: 19-13}
 train: {precision: fp32, device: cpu}
 """
@@ -247,7 +247,7 @@ def test_rows_hold_all_fields_and_agree_with_each_other(printed: Result) -> None
 def test_tables_and_legend_go_beside_the_json(printed: Result) -> None:
     report = json.loads(printed.stdout)
     speeds, phases = step_tables(report)
-    assert "19-13, 16 px, bf16, batch 6" in speeds[0] and "median of 2" in speeds[0]
+    assert "19-13, 20 px, bf16, batch 6" in speeds[0] and "median of 2" in speeds[0]
     for _, rows in (speeds, phases):
         assert [row[0] for row in rows[1:]] == [row["name"] for row in report["rows"]]
         assert len({len(row) for row in rows}) == 1

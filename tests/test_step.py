@@ -190,6 +190,51 @@ def test_step_reads_no_value_on_the_host(
     assert loss.total.isfinite()
 
 
+@pytest.mark.parametrize("pieces", [1, 3])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_non_finite_step_changes_nothing(broken: str, precision: str, pieces: int) -> None:
+    """Weights, momenta, running statistics; such steps in a row are counted until one is sound."""
+    config = configure(micro_batches=pieces, precision=precision)
+    step = make_step(config, has_norm=True)
+    batches = make_batches(config, 5)
+    step(batches[0], STEP)
+
+    def state() -> list[Tensor]:
+        momenta = [of["mu"] for of in step.optimizer.state.values()]
+        tensors = [*step.network.parameters(), *step.network.buffers(), *momenta]
+        return [tensor.detach().clone() for tensor in tensors if tensor.is_floating_point()]
+
+    before, counts = state(), [step.skipped_in_row.item()]
+    weight = step.network.layers[0].weight
+    for number in (1, 2):
+        with broken_step(weight, broken):
+            loss = step(batches[number], STEP + number)
+        assert loss.total.isfinite() == (broken == "gradient")
+        assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+        counts.append(step.skipped_in_row.item())
+    step(batches[3], STEP + 3)
+    assert all(not torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+    assert [*counts, step.skipped_in_row.item()] == [0, 1, 2, 0]
+    if precision == "fp16":
+        assert step.scaler.get_scale() == 2.0**16 / 4
+
+
+@contextmanager
+def broken_step(weight: nn.Parameter, what: str) -> Iterator[None]:
+    """Within the block one number of the weight, or of the gradient that reaches it, is not finite."""
+    good = weight.detach().clone()
+    hook = weight.register_hook(lambda grad: grad + float("inf")) if what == "gradient" else None
+    if what == "loss":
+        weight.data[0, 0, 0, 0] = float("nan")
+    try:
+        yield
+    finally:
+        weight.data.copy_(good)
+        if hook is not None:
+            hook.remove()
+
+
 def test_the_guard_against_waiting_sees_it() -> None:
     with NoWaiting():
         for wait in (lambda x: x.sum().item(), lambda x: bool(x.sum()), lambda x: x[x > 0], torch.nonzero):

@@ -250,11 +250,6 @@ class PoisonedStep(TrainStep):
 
     poisoned: ClassVar[set[int]] = set()
 
-    def __init__(self, *args: object, **options: object) -> None:
-        super().__init__(*args, **options)
-        if self.scaler.is_enabled():  # with a scale at which nothing else overflows
-            self.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-
     def __call__(self, batch: Batch, step: int):
         weight = next(self.network.parameters())
         good = weight.detach().clone()
@@ -266,7 +261,7 @@ class PoisonedStep(TrainStep):
         return loss
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_non_finite_step_changes_nothing_and_is_told(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, precision: str
 ) -> None:
@@ -288,10 +283,7 @@ def test_non_finite_step_changes_nothing_and_is_told(
     assert any((floats(before)[key] != value).any() for key, value in floats(states["sound", 5]).items())
     assert (reports[-1].skipped_steps, reports[0].skipped_steps) == (1, 0)
     assert "loss" not in reports[-1].record() and "loss" in reports[0].record()
-    told = [m for m in caplog.messages if m == "Step 5 was skipped: its loss or gradient is not finite."]
-    assert len(told) == (0 if precision == "fp16" else 1)
-    if precision == "fp16":
-        assert after["scaler"]["scale"] == before["scaler"]["scale"] / 2
+    assert caplog.messages.count("Step 5 was skipped: its loss or gradient is not finite.") == 1
 
 
 def floats(state: dict) -> dict[str, torch.Tensor]:
