@@ -146,7 +146,8 @@ def load_last_good(path: Path) -> tuple[dict[str, Any] | None, bool]:
             if is_damaged:
                 raise error from None
             raise
-        _log.warning("%s The run goes on from the one before it, %s.", error, previous)
+        reason = str(error).partition(";")[0].removesuffix(".")
+        _log.warning("%s; the run goes on from the one before it, %s.", reason, previous)
         return state, not is_damaged
 
 

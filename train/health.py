@@ -14,7 +14,7 @@ from train.metrics import StepReport
 SPIKE = 2.0  # times the usual loss
 USUAL = 20  # reports that make the usual loss
 MIN_USUAL = 5
-PATIENCE = 3  # reports in a row before a collapse is believed
+PATIENCE = 5  # reports in a row before a collapse is believed
 
 AGREEMENT = 0.2  # of two views, mean C_ii or so; untrained networks have about half of that
 
