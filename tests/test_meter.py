@@ -234,6 +234,8 @@ def test_peaks_of_gpus_by_name_and_precision() -> None:
     assert peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12
     assert peak_flops("Tesla V100-SXM2-16GB", "fp16") == 125e12
     assert peak_flops("NVIDIA A100-SXM4-80GB", "fp32") == 19.5e12
+    assert peak_flops("Tesla V100S-PCIE-32GB", "fp16") == 130e12
+    assert peak_flops("NVIDIA A10", "bf16") == 125e12 != peak_flops("NVIDIA A100 80GB PCIe", "bf16")
     unknown = (
         ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "fp16"),
         ("Quadro", "fp16"),
