@@ -432,7 +432,7 @@ def test_progress_is_shown_by_rank_0_only(
 
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr("train.loop.pretrain", pretrain)
-    monkeypatch.setattr("tools.cli.training_progress", training_progress)
+    monkeypatch.setattr("tools.cli_pretrain.training_progress", training_progress)
     assert bool(succeed("pretrain", root / "tiny.yaml")) == shown
     assert bool(opened) == shown
 
