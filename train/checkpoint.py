@@ -32,7 +32,8 @@ RETRY_SECONDS = 30  # after a checkpoint that could not be written
 FINAL_SECONDS = 300  # of trying where the process is about to end; the other ranks wait for twice as long
 
 _log = logging.getLogger(__name__)
-KINDS = {
+
+KINDS = {  # what every checkpoint has; of the rest, see `check_fits`
     "format": int,
     "config": dict,
     "model": dict,

@@ -2,9 +2,11 @@
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from train.errors import TrainingError
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None], keep: Path | None = None) -> None:
@@ -33,6 +35,17 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None], keep: Path |
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextlib.contextmanager
+def preparing(run_dir: Path) -> Iterator[None]:
+    """Turns an `OSError` of writing the first files of a run into a `TrainingError`."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"Cannot write to run_dir {run_dir}: {error.strerror}; free it or choose another."
+        ) from error
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -21,7 +21,7 @@ from pipelines.batch import Batch, Loader
 from pipelines.loaders import build_loader
 from train.config import RunConfig, save_config
 from train.distributed import World, process_group
-from train.errors import TrainingError
+from train.files import preparing
 from train.flop import model_flop, peak_flops
 from train.health import Health
 from train.meter import Meter, PhaseClock
@@ -261,14 +261,10 @@ class _Run:
             yield lambda report: None
             return
         run_dir = self.config.run_dir
-        try:
+        with preparing(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
             save_config(self.config, run_dir / CONFIG_NAME)
             settings = self.config.model_dump(mode="json")
             writer = MetricsWriter(run_dir, start, self.config.train.wandb, settings)
-        except OSError as error:
-            raise TrainingError(
-                f"Cannot write to run_dir {run_dir}: {error.strerror}; free it or choose another."
-            ) from error
         with closing(writer):
             yield writer.write

@@ -20,6 +20,7 @@ from pathlib import Path
 from pipelines.order import steps_per_epoch
 from train.config import RunConfig, save_config
 from train.errors import ConfigError, TrainingError
+from train.files import preparing
 
 log = logging.getLogger(__name__)
 
@@ -228,13 +229,9 @@ def _submit(
     from submitit.core.utils import FailedJobError, FailedSubmissionError
     from submitit.helpers import clean_env
 
-    try:
+    with preparing(config.run_dir):
         settings.parent.mkdir(parents=True, exist_ok=True)
         save_config(config, settings)
-    except OSError as error:
-        raise TrainingError(
-            f"Cannot write to run_dir {config.run_dir}: {error.strerror}; free it or choose another."
-        ) from error
     try:
         # Nothing of the shape of a job that this is called in; else the user's SBATCH_ACCOUNT and such count.
         with redirect_stderr(StringIO()), clean_env() if "SLURM_JOB_ID" in os.environ else nullcontext():

@@ -117,7 +117,7 @@ class TrainStep:
         views_VNCHW = distort(views_VNHWC, params, self._config.data.augment, self._dtype)
         *others, last = _pieces(views_VNCHW, self._config.train.micro_batches)  # 1
         del views_VNCHW
-        held = [_flat(self._statistics)] if self._statistics else []
+        statistics = _flat(self._statistics) if self._statistics else None
         self._end("augment")
 
         with torch.no_grad():
@@ -151,8 +151,8 @@ class TrainStep:
         self.scaler.step(self.optimizer, loss.total.detach().isfinite().logical_not())
         self.scaler.update()
         skipped = self.optimizer.skipped
-        for numbers in held:
-            _copy_flat(torch.where(skipped > 0, numbers, _flat(self._statistics)), self._statistics)
+        if statistics is not None:
+            _copy_flat(torch.where(skipped > 0, statistics, _flat(self._statistics)), self._statistics)
         self.skipped_in_row.add_(1).mul_(skipped)
         self._end("optimizer")
         return torch.stack([term.detach() for term in loss])
