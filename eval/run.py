@@ -1,8 +1,7 @@
 """From images to figures: extract the features of two datasets, then run a protocol on them."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,23 +10,12 @@ from eval.config import EvalConfig
 from eval.features import Progress, extract_features
 from eval.knn import knn_accuracy
 from eval.linear import linear_probe
+from eval.result import EvalResult, summary
 from model.weights import IMAGENET, Normalisation, read_weights
 from pipelines.errors import DataError
 from pipelines.source import Source
 
 Features = tuple[Tensor, Tensor, Tensor, Tensor]  # features and labels of `train`, then of `test`
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """What was measured and how; `dataclasses.asdict` gives plain data for JSON."""
-
-    protocol: str
-    settings: dict[str, Any]  # of the features and of the protocol
-    train_images: int
-    test_images: int
-    num_classes: int
-    accuracy: dict[str, float]  # shares, 0 to 1: top1, for the linear probe also top5
 
 
 def evaluate(
@@ -50,9 +38,9 @@ def evaluate(
     `ModelError` where the file cannot be used.
     """
     features = _extract(model, train, test, config, device, progress, normalisation)
-    accuracy = PROTOCOLS[protocol](features, config, device)
+    figures = PROTOCOLS[protocol](features, config, device)
     settings = config.model_dump(mode="json", include={"features", protocol})
-    return EvalResult(protocol, settings, len(train), len(test), len(train.classes), accuracy)
+    return EvalResult(protocol, settings, {"train": summary(train), "test": summary(test)}, figures)
 
 
 def _knn(features: Features, config: EvalConfig, device: torch.device | str) -> dict[str, float]:

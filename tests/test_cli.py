@@ -188,7 +188,7 @@ def test_evaluations_of_the_demo_can_be_repeated_by_hand(root: Path, demo_result
     for network, name in (("untrained network", "untrained.pt"), ("trained network", "checkpoint.pt")):
         for protocol, key in (("knn", "kNN"), ("linear", "linear")):
             result = measure("eval", protocol, root / "run" / name, root / "train.beton", root / "val.beton")
-            assert result["accuracy"]["top1"] == demo_result["accuracies"][network][key]
+            assert result["figures"]["top1"] == demo_result["accuracies"][network][key]
             assert (result["train_images"], result["test_images"], result["num_classes"]) == (18, 9, 3)
 
 
@@ -240,7 +240,7 @@ def test_exported_backbone_evaluates_like_its_checkpoint(
     assert "resnet18" in succeed("export", checkpoint, exported)
     options = ["--image-size", 32, "--resize", 32, "--batch-size", 8, "--workers", 0, "--k", 3]
     result = measure("eval", "knn", exported, root / "train.beton", root / "val.beton", *options)
-    assert result["accuracy"]["top1"] == demo_result["accuracies"]["trained network"]["kNN"]
+    assert result["figures"]["top1"] == demo_result["accuracies"]["trained network"]["kNN"]
 
 
 def test_settings_come_from_the_weights_and_not_from_a_file_beside_them(

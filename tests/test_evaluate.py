@@ -50,8 +50,8 @@ def test_brightness_classes_are_told_apart_and_the_result_is_plain_data(
 ) -> None:
     calls: list[tuple[int, int]] = []
     result = evaluate(protocol, checkpoint, *sources, CONFIG, "cpu", lambda *call: calls.append(call))
-    assert result.accuracy["top1"] > 0.9
-    assert (result.train_images, result.test_images, result.num_classes) == (30, 15, 3)
+    assert result.figures["top1"] > 0.9
+    assert [(data.images, data.classes) for data in result.data.values()] == [(30, 3), (15, 3)]
     assert result.settings == CONFIG.model_dump(mode="json", include={"features", protocol})
     assert json.loads(json.dumps(asdict(result)))["protocol"] == protocol
     assert calls == [(16, 45), (30, 45), (45, 45)]
@@ -81,7 +81,7 @@ def test_backbone_and_its_file_give_the_same_figure(checkpoint: Path, sources: t
         extract_features(backbone, source, CONFIG.features, "cpu", normalisation=STATISTICS)
         for source in sources
     )
-    assert result.accuracy == {"top1": knn_accuracy(*train, *test, CONFIG.knn)}
+    assert result.figures == {"top1": knn_accuracy(*train, *test, CONFIG.knn)}
 
 
 def test_checkpoint_keeps_the_eval_settings_of_its_run(tmp_path: Path, write_checkpoint: Callable) -> None:

@@ -1,21 +1,17 @@
 """`fastbarlow eval ...`: how good the frozen features of a backbone are."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tools.console import progress_bar, say, show_json
-from tools.options import Device, Json
+from tools.console import progress_bar, say, show_json, show_result
+from tools.options import Checkpoint, Device, Json, ResultFile
 
 if TYPE_CHECKING:
     from eval.config import EvalConfig
     from model.weights import BackboneWeights
 
-Checkpoint = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", help="A run's checkpoint.pt, or a .pth or .safetensors file.")
-]
 Train = Annotated[
     Path, typer.Argument(metavar="TRAIN", help="Labelled images: a .beton file or a class folder.")
 ]
@@ -60,11 +56,12 @@ def knn(
     batch_size: BatchSize = None,
     workers: Workers = None,
     device: Device = "auto",
+    out: ResultFile = None,
     as_json: Json = False,
 ) -> None:
     """Classify TEST by the weighted votes of the nearest neighbours in TRAIN.
 
-    Needs no training of its own. Prints the share of right answers. Writes no files.
+    Needs no training of its own. Prints the share of right answers. Its result is a JSON file, too.
 
     Examples
 
@@ -73,7 +70,7 @@ def knn(
     """
     features = {"image_size": image_size, "resize": resize, "batch_size": batch_size, "workers": workers}
     options = {"features": features, "knn": {"k": k, "temperature": temperature}}
-    _evaluate("knn", checkpoint, train, test, options, device, as_json)
+    _evaluate("knn", checkpoint, train, test, options, device, out, as_json)
 
 
 @eval_app.command()
@@ -99,12 +96,13 @@ def linear(
     batch_size: BatchSize = None,
     workers: Workers = None,
     device: Device = "auto",
+    out: ResultFile = None,
     as_json: Json = False,
 ) -> None:
     """Train a linear classifier on the features of TRAIN and test it on TEST.
 
     Features are computed once, without augmentation, so the figure is a little below that of a probe that
-    augments. Prints the shares of right answers, first guess and among five. Writes no files.
+    augments. Prints the shares of right answers, first guess and among five. Its result is a JSON file, too.
 
     Examples
 
@@ -114,7 +112,7 @@ def linear(
     features = {"image_size": image_size, "resize": resize, "batch_size": batch_size, "workers": workers}
     probe = {"epochs": epochs, "lr": lr, "weight_decay": weight_decay, "seed": seed}
     options = {"features": features, "linear": probe}
-    _evaluate("linear", checkpoint, train, test, options, device, as_json)
+    _evaluate("linear", checkpoint, train, test, options, device, out, as_json)
 
 
 def _evaluate(
@@ -124,11 +122,13 @@ def _evaluate(
     test: Path,
     options: Options,
     device: str,
+    out: Path | None,
     as_json: bool,
 ) -> None:
     from eval.run import evaluate
     from model.weights import read_weights
     from pipelines.source import open_source
+    from tools.results import default_place, result_record, write_record
     from train.distributed import process_group
 
     weights = read_weights(checkpoint)
@@ -144,16 +144,18 @@ def _evaluate(
             progress,
             normalisation=weights.normalisation,
         )
-    figures = ", ".join(f"{name} {share:.2%}" for name, share in result.accuracy.items())
-    features = config.features
+        record = result_record(result, checkpoint, world.device)
+    out = out or default_place(checkpoint, protocol, test)
+    write_record(record, out)
+    features, trained_on, tested_on = config.features, result.data["train"], result.data["test"]
+    show_result(result, as_json=as_json)
     say(
-        f"{result.protocol}: {figures} of {result.test_images} images right, {result.num_classes} classes, "
-        f"{result.train_images} labelled images; short side {features.resize} px, "
-        f"centre crop {features.image_size} px.",
+        f"{trained_on.images:,} labelled images, {tested_on.images:,} to classify, "
+        f"{tested_on.classes} classes; short side {features.resize} px, centre crop {features.image_size} px. Written to {out}.",
         as_json=as_json,
     )
     if as_json:
-        show_json({"checkpoint": str(checkpoint), "train": str(train), "test": str(test), **asdict(result)})
+        show_json(record)
 
 
 def _settings(weights: "BackboneWeights", checkpoint: Path, options: Options) -> "EvalConfig":

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from typer.core import TyperGroup
 
+from eval.result import EvalResult
 from train.errors import USER_ERRORS
 from train.metrics import StepReport
 
@@ -61,6 +62,12 @@ def show_table(title: str, rows: Sequence[Sequence[str]], *, as_json: bool = Fal
     for row in body:
         table.add_row(*row)
     console.print(table)
+
+
+def show_result(result: EvalResult, *, as_json: bool = False) -> None:
+    """The figures of an evaluation."""
+    rows = [("", *result.figures), (result.protocol, *(f"{share:.2%}" for share in result.figures.values()))]
+    show_table(f"{result.protocol} on {result.data['test'].path}", rows, as_json=as_json)
 
 
 @contextmanager

@@ -25,3 +25,15 @@ Json = Annotated[
         help="Print the result as one JSON object, the only line on standard output; the rest on error.",
     ),
 ]
+Checkpoint = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="A run's checkpoint.pt, or a .pth or .safetensors file.")
+]
+ResultFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        metavar="FILE.json",
+        help="Where the result goes.",
+        show_default="eval/, beside the checkpoint",
+    ),
+]
