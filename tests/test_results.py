@@ -1,4 +1,4 @@
-"""Files of results: they say what they measured, and only those of this very checkpoint are taken for its own."""
+"""Result files say what was measured, and only those of this very checkpoint are taken for its own."""
 
 from pathlib import Path
 

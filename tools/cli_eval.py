@@ -151,7 +151,8 @@ def _evaluate(
     show_result(result, as_json=as_json)
     say(
         f"{trained_on.images:,} labelled images, {tested_on.images:,} to classify, "
-        f"{tested_on.classes} classes; short side {features.resize} px, centre crop {features.image_size} px. Written to {out}.",
+        f"{tested_on.classes} classes; short side {features.resize} px, centre crop "
+        f"{features.image_size} px. Written to {out}.",
         as_json=as_json,
     )
     if as_json:
