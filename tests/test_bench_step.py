@@ -2,6 +2,7 @@
 
 import gc
 import json
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -216,8 +217,11 @@ def printed(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
     return result
 
 
-def test_rows_hold_all_fields_and_agree_with_each_other(printed: Result) -> None:
+def test_rows_hold_all_fields_and_agree_with_each_other(
+    printed: Result, check_figures: Callable[[dict, int], None]
+) -> None:
     report, live = json.loads(printed.stdout), "ours, loader ffcv"
+    check_figures(report, 2)
     assert (report["steps"], report["repeats"], report["unavailable"]) == (2, 2, [])
     assert report["settings"]["augment"] == "numba"
     rows = {row["name"]: row for row in report["rows"]}

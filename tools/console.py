@@ -127,3 +127,8 @@ def describe_step(report: StepReport) -> str:
 
 def _part(text: str, value: float | None) -> str:
     return "" if value is None else text.format(value)
+
+
+def or_dash(value: float | None, form: str) -> str:
+    """A cell of a table; a dash where there is nothing to show."""
+    return "-" if value is None else format(value, form)
