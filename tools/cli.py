@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tools.cli_audit import audit
 from tools.cli_bench import bench_app
 from tools.cli_convert import add_commands as add_convert_commands
 from tools.cli_eval import eval_app
@@ -107,6 +108,7 @@ def demo(
 
 
 app.command()(pretrain)
+app.command()(audit)
 
 
 @app.command()

@@ -75,7 +75,7 @@ DISTORTIONS = (
     Distortion(
         "solarize",
         "threshold",
-        (224.0, 192.0, 128.0, 64.0, 0.0),
+        (224.0, 192.0, 128.0, 64.0),
         lambda i, x, _: ImageOps.solarize(i, int(x)),
         True,
     ),
