@@ -232,8 +232,8 @@ def _drift_section(found: Audit) -> Section:
         )
     return Section(
         "Drift against the other encoder",
-        f"{found.verdict} Stored features stay comparable only where the cosine is near 1; CKA and neighbours "
-        "do not mind a rotation of the space. The classes come from each encoder's own neighbours.",
+        f"{found.verdict} Stored features stay comparable only where the cosine is near 1; CKA and "
+        "neighbours do not mind a rotation of the space. Classes are those of each encoder's neighbours.",
         table=[("", "found", "by chance"), *rows],
     )
 

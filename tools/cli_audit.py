@@ -57,8 +57,8 @@ def audit(
 ) -> None:
     """Look at what an encoder makes of images, before anybody relies on it.
 
-    Shows the features' nearest neighbours and the worst of them; accuracy by class and by subgroup, with intervals;
-    which distortions it ignores, by strength; which attributes a linear classifier can read from them;
+    Shows nearest neighbours and the worst of them; accuracy by class and by subgroup, with intervals; which
+    distortions the features ignore, by strength; which attributes a linear classifier can read from them;
     dead and redundant dimensions. With --against OTHER also how far the two encoders agree, and whether
     CHECKPOINT may replace OTHER without a word.
 
