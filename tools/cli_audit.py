@@ -1,4 +1,4 @@
-"""`fastbarlow audit`: what governance asks of an embedding."""
+"""`fastbarlow audit`: what governance asks of an embedding; `fastbarlow eval report`: the paper's tables."""
 
 import json
 from datetime import date
@@ -145,3 +145,46 @@ def _show(found: "Audit", *, as_json: bool) -> None:
         show_table("What a linear classifier reads from the features", rows, as_json=as_json)
     for line in found.left_out:
         say(f"Left out: {line}", as_json=as_json)
+
+
+def report(
+    results: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="RESULTS", help="Result files, or folders in which they are sought, such as runs."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page to write, .html or .md.")] = Path(
+        "eval-report.html"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Show our results in the tables of the paper, beside the published rows.
+
+    Takes the JSON files that the other commands of eval write. A result on other data than the paper's, or
+    by another protocol, goes into a table of its own, never into a column of the paper; settings that differ
+    from the published ones are stated in the row. What has not been run stays empty.
+
+    Examples
+
+        fastbarlow eval report runs --out results.html
+        fastbarlow eval report runs/a runs/b/eval/checkpoint-linear-val.json --out RESULTS.md
+    """
+    from pipelines.errors import DataError
+    from tools.eval_report import build_report
+    from tools.eval_report_page import report_markdown, report_page, summary_of
+    from train.files import write_text_atomically
+
+    if out.suffix not in (".html", ".md"):
+        raise DataError(f"Cannot write {out}: the name must end in .html or .md.")
+    found = build_report(results or [])
+    page = report_page(found) if out.suffix == ".html" else report_markdown(found)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(out, page)
+    except OSError as error:
+        raise DataError(f"Cannot write {out}: {error.strerror}; choose another place with --out.") from error
+    say(summary_of(found), as_json=as_json)
+    say(f"Look at {out}", as_json=as_json)
+    if as_json:
+        show_json(found.as_dict())
