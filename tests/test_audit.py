@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from torch.nn.functional import normalize
 from typer.testing import CliRunner, Result
 
 from eval.audit.config import AuditConfig
+from eval.audit.distortions import DISTORTIONS
+from eval.audit.invariance import measure_invariance
+from eval.audit.leaks import read_out
 from eval.audit.run import Audit, audit
 from eval.audit.sample import Encoder
 from eval.config import FeaturesConfig
@@ -75,10 +79,16 @@ def place(
 
 @pytest.fixture(scope="module")
 def record(place: Path) -> dict:
-    """Of an audit with everything."""
+    """Of an audit with everything, but fewer probes and distortions than the command's, for their time."""
     paths = place / "new.pt", place / "images"
     more = ["--against", place / "old.pth", "--attributes", place / "attributes.csv", "--out", place / "out"]
-    result = call("audit", *paths, *more, "--images", 30, *OPTIONS)
+    few = {"folds": CONFIG.folds, "shuffles": CONFIG.shuffles}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("eval.audit.run.read_out", lambda *of, **how: read_out(*of, **how | few))
+        patch.setattr(
+            "eval.audit.run.measure_invariance", partial(measure_invariance, distortions=DISTORTIONS[:3])
+        )
+        result = call("audit", *paths, *more, "--images", 30, *OPTIONS)
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 
@@ -189,3 +199,8 @@ def test_what_is_wrong_is_one_sentence_before_the_work(
         result = call(*start, *options, *OPTIONS)
         assert result.exit_code == 2 and sentence in result.stderr, result.output
         assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_few_images_of_a_class_are_said_to_make_the_accuracy_too_low(place: Path) -> None:
+    found = look(FolderSource(place / "images"))
+    assert any("with 8.0 images of a class the 20 neighbours" in line for line in found.left_out)

@@ -98,17 +98,22 @@ def audit(
     similarities_Nk, indices_Nk = nearest(
         features_NF, min(max(config.k, config.neighbours), len(drawn) - 1)
     )  # 2
-    predict = _Predictor(labels_N, len(drawn.classes), config)
+    predicted_N = _predict(similarities_Nk, indices_Nk, drawn, config) if is_labelled else None
     queries_Q = _queries(labels_N, is_labelled, config)
     shown = similarities_Nk[:, : config.neighbours], indices_Nk[:, : config.neighbours]
     is_same_Nk = labels_N[shown[1]] == labels_N[:, None]
 
     accuracy, classes, subgroups = None, [], {}
     if is_labelled:  # 3
-        predicted_N = predict(similarities_Nk, indices_Nk)
         right_N = (predicted_N == labels_N).numpy()
         (accuracy,) = accuracy_by_group(right_N, {"all": np.arange(len(drawn))}, config.min_group)
         classes = accuracy_by_group(right_N, _by_class(drawn), config.min_group)
+        per_class = len(drawn) / len(np.unique(drawn.labels_N))
+        if per_class <= config.k:
+            left_out.append(
+                f"The accuracy among all images: with {per_class:.1f} images of a class the {config.k} "
+                "neighbours must be of others, so the figures are too low; look at more, or run eval knn."
+            )
         subgroups = {each.name: accuracy_by_group(right_N, each.members(), config.min_group) for each in own}
 
     distorted = _some(len(drawn), config.distorted_images, config.seed)  # 4
@@ -132,7 +137,7 @@ def audit(
         drift = measure_drift(
             (other_NF, features_NF),
             (other[1][:, : config.neighbours], shown[1]),
-            (predict(*other), predict(similarities_Nk, indices_Nk)) if is_labelled else None,
+            (_predict(*other, drawn, config), predicted_N) if is_labelled else None,
             labels_N,
             drawn.classes,
         )
@@ -156,17 +161,12 @@ def audit(
     )
 
 
-class _Predictor:
-    """Classes by the votes of neighbours, for any encoder."""
-
-    def __init__(self, labels_N: Tensor, num_classes: int, config: AuditConfig) -> None:
-        self._labels_N, self._num_classes, self._config = labels_N, num_classes, config
-
-    def __call__(self, similarities_Nk: Tensor, indices_Nk: Tensor) -> Tensor:
-        k, temperature = self._config.k, self._config.temperature
-        return classify(
-            similarities_Nk[:, :k], indices_Nk[:, :k], self._labels_N, self._num_classes, temperature
-        )
+def _predict(similarities_Nk: Tensor, indices_Nk: Tensor, drawn: Drawn, config: AuditConfig) -> Tensor:
+    """Classes (N,) by the votes of the nearest `config.k`."""
+    labels_N, k = torch.from_numpy(drawn.labels_N), config.k
+    return classify(
+        similarities_Nk[:, :k], indices_Nk[:, :k], labels_N, len(drawn.classes), config.temperature
+    )
 
 
 def _queries(labels_N: Tensor, is_labelled: bool, config: AuditConfig) -> Tensor:
