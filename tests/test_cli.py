@@ -37,6 +37,8 @@ COMMANDS = [
     ["eval"],
     ["eval", "knn"],
     ["eval", "linear"],
+    ["eval", "report"],
+    ["audit"],
     ["profile"],
     ["bench"],
     ["bench", "loader"],

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tools.cli_audit import audit, report
 from tools.cli_bench import bench_app
 from tools.cli_convert import add_commands as add_convert_commands
 from tools.cli_eval import eval_app
@@ -47,6 +48,7 @@ app = typer.Typer(
     where too many images are bad.""",
 )
 add_convert_commands(app)
+eval_app.command()(report)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 
@@ -107,6 +109,7 @@ def demo(
 
 
 app.command()(pretrain)
+app.command()(audit)
 
 
 @app.command()
