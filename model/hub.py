@@ -11,7 +11,7 @@ from torchvision.models import ResNet
 from model.backbones import give_small_stem
 from model.errors import ModelError
 from model.tensor_files import TensorFile
-from model.weights import BackboneWeights, backbone_weights, read_weights
+from model.weights import BackboneWeights, backbone_weights, differences, read_weights
 
 # By name, what the authors have published (facebookresearch/barlowtwins, hubconf.py).
 PUBLISHED = {
@@ -26,8 +26,8 @@ def load_resnet(
     """Torchvision's network `name`, as the authors' hub gives it, with other weights if wanted.
 
     `weights` is a file: a run's checkpoint.pt, what `fastbarlow export` writes as .pth or .safetensors, or
-    the authors' checkpoint.pth or resnet50.pth. Without it, `pretrained` is the URL of such a .pth file, True for
-    the one in `PUBLISHED`, or False for a network as drawn. `kwargs` are for torchvision's function.
+    the authors' checkpoint.pth or resnet50.pth. Without it, `pretrained` is the URL of such a .pth file, True
+    for the one in `PUBLISHED`, or False for a network as drawn. `kwargs` are for torchvision's function.
 
     The classifier `fc` is newly drawn; `network.fc = torch.nn.Identity()` leaves the features. Where the
     weights are those of a small stem, so is the network. With weights it has an attribute `normalisation`:
@@ -43,12 +43,13 @@ def load_resnet(
     network = _torchvision_network(name, kwargs)
     if found.small_stem:
         give_small_stem(network)
-    try:
-        network.load_state_dict(found.state, strict=False)  # all but fc, which no file has
-    except RuntimeError as error:
+    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    misfit = differences(found.state, {k: shape for k, shape in shapes.items() if not k.startswith("fc.")})
+    if misfit:
         raise ModelError(
-            f"The weights do not fit a {name} with {', '.join(kwargs)} changed; leave these arguments out."
-        ) from error
+            f"The weights do not fit a {name} with other {', '.join(kwargs)}: {misfit}; leave these out."
+        )
+    network.load_state_dict(found.state, strict=False)
     network.normalisation = found.normalisation
     return network
 

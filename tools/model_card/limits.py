@@ -15,9 +15,9 @@ _IMAGENET = (
     "It learned from ImageNet. Its pictures were collected from the web without asking those whom they show: "
     "17 % of those of 2012 contain faces (Yang et al. 2022, A Study of Face Obfuscation in ImageNet), and "
     "most whose place is known come from North America and Europe (Shankar et al. 2017, No Classification "
-    "without Representation). What a network finds alike reflects that, labels or none: self-supervised networks "
-    "trained on it carry human-like biases on race and gender (Steed and Caliskan 2021). ImageNet's terms of "
-    "access allow non-commercial research and education."
+    "without Representation). What a network finds alike reflects that, labels or none: self-supervised "
+    "networks trained on it carry human-like biases on race and gender (Steed and Caliskan "
+    "2021). ImageNet's terms of access allow non-commercial research and education."
 )
 _OTHER_DATA = (
     "What the training images show, whom, and who agreed to it, is unknown to this card. Features reflect "
