@@ -42,16 +42,25 @@ def programs(trained: tuple[Twin, Path], tmp_path_factory: pytest.TempPathFactor
     return {suffix: export_twin(trained[1], folder / f"twin{suffix}") for suffix in PROGRAMS}
 
 
-def run_as_others_do(path: Path) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """What an exported program gives, in terms of the library that is made for it alone."""
-    if path.suffix == ".ts":
-        return torch.jit.load(path)
-    if path.suffix == ".pt2":
-        return torch.export.load(path).module()
+@pytest.fixture(scope="module")
+def opened(programs: dict[str, Exported]) -> dict[str, tuple[Callable, dict[str, str]]]:
+    """What each program does and its metadata, in terms of the library that is made for it alone."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda images: tuple(map(torch.from_numpy, session.run(None, {"images": images.numpy()})))
+    paths = {suffix: exported.path for suffix, exported in programs.items()}
+    session = onnxruntime.InferenceSession(paths[".onnx"], providers=["CPUExecutionProvider"])
+    of_trace, of_program = {"metadata.json": ""}, {"metadata.json": ""}
+    return {
+        ".onnx": (
+            lambda images: tuple(map(torch.from_numpy, session.run(None, {"images": images.numpy()}))),
+            session.get_modelmeta().custom_metadata_map,
+        ),
+        ".pt2": (
+            torch.export.load(paths[".pt2"], extra_files=of_program).module(),
+            json.loads(of_program["metadata.json"]),
+        ),
+        ".ts": (torch.jit.load(paths[".ts"], _extra_files=of_trace), json.loads(of_trace["metadata.json"])),
+    }
 
 
 def expect(twin: Twin, images_NCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,9 +71,12 @@ def expect(twin: Twin, images_NCHW: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("suffix", PROGRAMS)
 def test_program_gives_features_and_embeddings_of_images_of_any_number_and_size(
-    trained: tuple[Twin, Path], programs: dict[str, Exported], suffix: str
+    trained: tuple[Twin, Path], opened: dict[str, tuple], suffix: str
 ) -> None:
-    run = run_as_others_do(programs[suffix].path)
+    run, metadata = opened[suffix]
+    assert (metadata["backbone"], metadata["projector"]) == ("resnet18", "8-8")
+    assert json.loads(metadata["mean"]) == list(IMAGENET.mean)
+    assert json.loads(metadata["std"]) == list(IMAGENET.std)
     generator = torch.Generator().manual_seed(2)
     for shape in SHAPES_NCHW:
         images_NCHW = torch.randn(shape, generator=generator)
@@ -89,22 +101,10 @@ def test_report_of_an_export_is_true(
     assert exported.reader.startswith(library)
 
 
-def test_programs_say_which_images_they_expect(programs: dict[str, Exported]) -> None:
+def test_onnx_names_its_dimensions(programs: dict[str, Exported]) -> None:
     import onnx
 
     model = onnx.load(programs[".onnx"].path)
-    found = [{entry.key: entry.value for entry in model.metadata_props}]
-    for suffix, load in ((".ts", torch.jit.load), (".pt2", torch.export.load)):
-        extra = {"metadata.json": ""}
-        if suffix == ".ts":
-            load(programs[suffix].path, _extra_files=extra)
-        else:
-            load(programs[suffix].path, extra_files=extra)
-        found.append(json.loads(extra["metadata.json"]))
-    for metadata in found:
-        assert (metadata["backbone"], metadata["projector"]) == ("resnet18", "8-8")
-        assert json.loads(metadata["mean"]) == list(IMAGENET.mean)
-        assert json.loads(metadata["std"]) == list(IMAGENET.std)
     ports = [*model.graph.input, *model.graph.output]
     dims = [[d.dim_param or d.dim_value for d in port.type.tensor_type.shape.dim] for port in ports]
     assert [port.name for port in ports] == ["images", "features", "embeddings"]

@@ -1,6 +1,7 @@
 """`torch.hub` gives torchvision's networks with the weights of any file that the project reads."""
 
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def downloads(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Tensor]]:
 def features_of(network: torch.nn.Module) -> Tensor:
     """(2, F), of a network without its classifier."""
     network.fc = torch.nn.Identity()
-    images = torch.randn(2, 3, 40, 32, generator=torch.Generator().manual_seed(5))
+    images = torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(5))
     with torch.inference_mode():
         return network.eval()(images)
 
@@ -55,13 +56,18 @@ def test_every_backbone_has_an_entry_and_nothing_else_has() -> None:
     assert all("torch" in module.dependencies and getattr(module, name).__doc__ for name in entries)
 
 
-@pytest.mark.parametrize("small_stem", [False, True])
-def test_our_files_give_the_features_of_the_checkpoint(
-    tmp_path: Path, write_checkpoint: Callable, small_stem: bool
-) -> None:
+def test_another_package_of_the_same_name_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "model.hub", None)
+    with pytest.raises(ImportError, match=r"^Cannot import the package 'model' beside .*hubconf\.py .*\.$"):
+        torch.hub._import_module("hubconf_of_the_test", str(ROOT / "hubconf.py"))
+
+
+def test_our_files_give_the_features_of_the_checkpoint(tmp_path: Path, write_checkpoint: Callable) -> None:
+    """With the small stem, which torchvision's network lacks, in place."""
     checkpoint = tmp_path / "checkpoint.pt"
-    write_checkpoint(checkpoint, model={"backbone": "resnet18", "small_stem": small_stem})
+    write_checkpoint(checkpoint, model={"backbone": "resnet18", "small_stem": True})
     expected = features_of(load_backbone(checkpoint))
+    assert (expected[0] != expected[1]).float().mean() > 0.5  # a live network
     files = [checkpoint]
     for name in ("backbone.pth", "backbone.safetensors"):
         files.append(tmp_path / name)
@@ -72,7 +78,6 @@ def test_our_files_give_the_features_of_the_checkpoint(
         assert network.fc.out_features == 7
         assert network.normalisation == IMAGENET
         assert torch.equal(features_of(network), expected)
-    assert (expected[0] != expected[1]).float().mean() > 0.5  # a live network
 
 
 def test_normalisation_is_that_of_the_run(tmp_path: Path, write_checkpoint: Callable) -> None:
