@@ -12,6 +12,7 @@ from tools.cli_audit import audit, report
 from tools.cli_bench import bench_app
 from tools.cli_convert import add_commands as add_convert_commands
 from tools.cli_eval import eval_app
+from tools.cli_export import export
 from tools.cli_pretrain import pretrain
 from tools.console import (
     EXIT_SHORTFALL,
@@ -187,40 +188,7 @@ def show_views(
     say(f"{out}: {shown} images with their views.")
 
 
-@app.command()
-def export(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A run's checkpoint.pt, or a file of weights.")
-    ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write, .pth or .safetensors.")],
-    with_projector: Annotated[
-        bool, typer.Option("--with-projector", help="Write the whole network, not the backbone alone.")
-    ] = False,
-) -> None:
-    """Write the trained backbone alone, or the whole network, for use elsewhere.
-
-    A .pth file is a state dict in torchvision's layout, without the classifier; load it with
-    load_state_dict(torch.load(path), strict=False). A .safetensors file holds the same tensors and, as
-    metadata, the architecture and the normalisation of the images.
-
-    With the projector, a .pth file is a checkpoint.pth from which the authors' code goes on, optimiser
-    included, and a .safetensors file has the names backbone.* and projector.*.
-
-    Examples
-
-        fastbarlow export runs/a/checkpoint.pt resnet50.pth
-        fastbarlow export runs/a/checkpoint.pt resnet50.safetensors
-        fastbarlow export runs/a/checkpoint.pt checkpoint.pth --with-projector
-    """
-    from tools.export import export_backbone, export_twin
-
-    if with_projector:
-        twin = export_twin(checkpoint, out)
-        what = f"{twin.backbone.architecture} with projector {twin.widths}"
-        say(f"{out}: {what}, {len(twin.state)} tensors.")
-        return
-    weights = export_backbone(checkpoint, out)
-    say(f"{out}: {weights.architecture}, {len(weights.state)} tensors.")
+app.command()(export)
 
 
 def _show_profile(profile: "Profile", *, as_json: bool) -> None:
