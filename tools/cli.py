@@ -10,6 +10,7 @@ import typer
 
 from tools.cli_bench import bench_app
 from tools.cli_convert import add_commands as add_convert_commands
+from tools.cli_detect import detect
 from tools.cli_eval import eval_app
 from tools.cli_pretrain import pretrain
 from tools.console import (
@@ -47,6 +48,7 @@ app = typer.Typer(
     where too many images are bad.""",
 )
 add_convert_commands(app)
+eval_app.command()(detect)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 
