@@ -27,6 +27,7 @@ from eval.detection.config import PUBLISHED, DetectionConfig
 from eval.detection.finetune import Finetuning, learning_rate
 from eval.detection.images import AnnotatedImages, read_sample
 from eval.detection.network import build_detector
+from eval.detection.predict import predict
 from eval.detection.reports import DetectionReport, PhaseReport
 from eval.detection.run import evaluate, prepare
 from eval.detection.voc import open_voc
@@ -532,6 +533,31 @@ def test_statistics_of_the_norms_are_means_over_batches(voc_root: Path) -> None:
     torch.testing.assert_close(norm.running_var, expected)
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_every_image_is_tested_once_and_in_order_on_any_number_of_ranks(
+    coco_root: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    """The ranks' parts one after another, in this process."""
+    _, test = open_coco(coco_root)
+
+    class Brightness(nn.Module):
+        def forward(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
+            return [image.mean() for image in images]
+
+    def tested_by(rank: int, gathered: Callable[[list], list]) -> list:
+        monkeypatch.setattr("eval.detection.predict.dist.get_rank", lambda: rank)
+        monkeypatch.setattr("eval.detection.predict._gathered", gathered)
+        return predict(Brightness(), test, lambda index, found: (index, float(found)), CPU, workers=0)
+
+    monkeypatch.setattr("eval.detection.predict.world_size", lambda: ranks)
+    parts: list[list] = []
+    for rank in range(1, ranks):
+        assert tested_by(rank, lambda part: parts.append(part) or []) == []
+    images = [read_sample(test[n], False)[0].float() / 255 for n in range(7)]
+    expected = [(n, pytest.approx(float(image.mean()), rel=1e-5)) for n, image in enumerate(images)]
+    assert tested_by(0, lambda part: [part, *parts]) == expected
+
+
 # The command.
 
 
@@ -591,19 +617,21 @@ def test_two_processes_share_training_and_tests(
     command = [sys.executable, Path(__file__).parent / "ranks" / "detect.py", tmp_path / "job"]
     path = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     with meeting_point(2) as (environment, of_other), monkeypatch.context() as patch:
-        other = subprocess.Popen(command, env={**os.environ, **of_other, **path})
+        other = subprocess.Popen([*command, tmp_path / "1.pt"], env={**os.environ, **of_other, **path})
         for name, value in environment.items():
             patch.setenv(name, value)
-        record = run_detection(job)
-        assert other.wait(60) == 0
+        try:
+            record = run_detection(job)
+            assert other.wait(60) == 0
+        finally:
+            other.kill()
     assert record == json.loads(job.out.read_text())
-    # The same detector, tested by one process.
-    train, test = open_voc(voc_root)
-    finetuning = prepare("voc", read_weights(checkpoint), train, config, CPU)
-    start = finetuning.detector.state_dict()["roi_heads.res5.norm.weight"].clone()
-    finetuning.load_state_dict(torch.load(job.detector, weights_only=True))
-    assert not torch.equal(finetuning.detector.state_dict()["roi_heads.res5.norm.weight"], start)
-    assert evaluate("voc", finetuning, test).figures == pytest.approx(record["figures"], abs=1e-6)
+    of_rank_0 = torch.load(job.detector, weights_only=True)["model"]
+    of_rank_1 = torch.load(tmp_path / "1.pt", weights_only=True)
+    before = read_weights(checkpoint).state["layer4.0.bn1.weight"]
+    assert not torch.equal(of_rank_0["roi_heads.res5.layer4.0.bn1.weight"], before)
+    for name, value in of_rank_0.items():  # gradients and statistics of the norms are those of both ranks
+        assert torch.equal(of_rank_1[name], value), name
     with pytest.raises(TrainingError, match="processes=2, but now it is 1"):
         run_detection(job)
 

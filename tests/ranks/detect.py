@@ -1,9 +1,21 @@
-"""One rank of the multi-process test of detection: `run_detection` of the job in the given file."""
+"""One rank of the multi-process test of detection: runs the job in a file, leaves its detector in another."""
 
 import pickle
 import sys
 from pathlib import Path
 
-from tools.detect import run_detection
+import torch
 
-run_detection(pickle.loads(Path(sys.argv[1]).read_bytes()))
+import tools.detect
+
+job, detector = map(Path, sys.argv[1:])
+evaluate = tools.detect.evaluate
+
+
+def save_and_evaluate(protocol, finetuning, *rest):
+    torch.save(finetuning.detector.state_dict(), detector)
+    return evaluate(protocol, finetuning, *rest)
+
+
+tools.detect.evaluate = save_and_evaluate
+tools.detect.run_detection(pickle.loads(job.read_bytes()))
