@@ -11,6 +11,7 @@ import typer
 from tools.cli_audit import audit, report
 from tools.cli_bench import bench_app
 from tools.cli_convert import add_commands as add_convert_commands
+from tools.cli_detect import detect
 from tools.cli_eval import eval_app
 from tools.cli_export import export
 from tools.cli_pretrain import pretrain
@@ -50,6 +51,7 @@ app = typer.Typer(
 )
 add_convert_commands(app)
 eval_app.command()(report)
+eval_app.command()(detect)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 
