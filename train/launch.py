@@ -8,9 +8,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from enum import Enum, auto
+from functools import partial
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,17 +25,34 @@ from train.loop import RunResult, pretrain
 from train.metrics import StepReport
 from train.preemption import STOP_SIGNALS, StopRequest, stop_signals_noted
 
+T = TypeVar("T")
+Report = Callable[[Any], None]
+
 _GRACE_SECONDS = 5  # for the rank with the cause of a failure to report after one that fell with it
+
+
+class _Message(Enum):
+    """What a rank tells this process, with the content that follows it."""
+
+    REPORT = auto()
+    RESULT = auto()
+    FAILURE = auto()
 
 
 def launch(
     config: RunConfig, num_processes: int, on_step: Callable[[StepReport], None] | None = None
 ) -> RunResult:
-    """`pretrain` on `num_processes` ranks of this machine; the result and the reports are rank 0's.
+    """`pretrain` on `num_processes` ranks of this machine; see `launch_ranks`."""
+    return launch_ranks(partial(pretrain, config), num_processes, on_step)
 
-    The ranks receive `STOP_SIGNALS` that this process receives. The first failure of a rank stops all. Raises
-    the rank's own error if it was for the user, `TrainingError` if a rank was killed, and `RuntimeError` with
-    the rank's traceback otherwise.
+
+def launch_ranks(job: Callable[[Report | None], T], num_processes: int, on_report: Report | None = None) -> T:
+    """`job`, which can be pickled, on `num_processes` ranks of this machine; the result is rank 0's.
+
+    What rank 0's job hands to the function that it is given, `on_report` receives here; those of other ranks
+    are given None. The ranks receive `STOP_SIGNALS` that this process receives. The first failure of a rank
+    stops all. Raises the rank's own error if it was for the user, `TrainingError` if a rank was killed, and
+    `RuntimeError` with the rank's traceback otherwise.
     """
     context = mp.get_context("spawn")
     ranks: dict[Connection, BaseProcess] = {}
@@ -41,13 +61,13 @@ def launch(
             for rank, environment in enumerate(environments):
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(
-                    target=_run_rank, args=(config, environment, sender), name=f"rank {rank}"
+                    target=_run_rank, args=(job, environment, sender), name=f"rank {rank}"
                 )
                 with _blocked(STOP_SIGNALS):  # the rank inherits it: they wait until it takes note of them
                     process.start()
                 sender.close()
                 ranks[receiver] = process
-            return _supervise(ranks, on_step, request)
+            return _supervise(ranks, on_report, request)
         finally:
             for process in ranks.values():
                 process.kill()
@@ -76,13 +96,11 @@ def show_notes() -> None:
     logging.getLogger("model").setLevel(logging.INFO)
 
 
-def _supervise(
-    ranks: dict[Connection, BaseProcess], on_step: Callable[[StepReport], None] | None, request: StopRequest
-) -> RunResult:
+def _supervise(ranks: dict[Connection, BaseProcess], on_report: Report | None, request: StopRequest) -> Any:
     """Pass on rank 0's reports, and signals to all ranks, until every rank has ended or one has failed."""
     running = dict(ranks)
     told = 0
-    result: RunResult | None = None
+    results: list[Any] = []
     failures: list[Exception] = []
     deadline = float("inf")
     while running and time.monotonic() < deadline:
@@ -93,13 +111,13 @@ def _supervise(
                 os.kill(process.pid, told)
         for receiver, process in list(running.items()):
             has_ended = not process.is_alive()  # asked before the pipe is emptied, so nothing is missed
-            for message in _received(receiver):
-                if isinstance(message, StepReport) and on_step is not None:
-                    on_step(message)
-                elif isinstance(message, RunResult):
-                    result = message
-                elif isinstance(message, Exception):
-                    failures.append(message)
+            for kind, content in _received(receiver):
+                if kind is _Message.FAILURE:
+                    failures.append(content)
+                elif kind is _Message.RESULT:
+                    results.append(content)
+                elif on_report is not None:
+                    on_report(content)
             if has_ended:
                 del running[receiver]
                 if process.exitcode != 0:
@@ -108,7 +126,7 @@ def _supervise(
             deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
     if failures:
         raise min(failures, key=_remoteness)
-    assert result is not None
+    (result,) = results
     return result
 
 
@@ -127,9 +145,9 @@ def _death(process: BaseProcess) -> TrainingError:
     )
 
 
-def _received(receiver: Connection) -> list[object]:
+def _received(receiver: Connection) -> list[tuple[_Message, Any]]:
     """All messages that have arrived."""
-    messages: list[object] = []
+    messages: list[tuple[_Message, Any]] = []
     try:
         while receiver.poll():
             messages.append(receiver.recv())
@@ -138,7 +156,7 @@ def _received(receiver: Connection) -> list[object]:
     return messages
 
 
-def _run_rank(config: RunConfig, environment: dict[str, str], sender: Connection) -> None:
+def _run_rank(job: Callable[[Report | None], Any], environment: dict[str, str], sender: Connection) -> None:
     """Body of one process."""
     os.environ.update(environment)
     # A rank inherits "spawn" for its own children; loaders fork their workers, as they do under torchrun.
@@ -150,15 +168,15 @@ def _run_rank(config: RunConfig, environment: dict[str, str], sender: Connection
         signal.signal(number, lambda number, frame: None)
     show_notes()
     try:
-        result = pretrain(config, on_step=sender.send if is_main else None)
+        result = job((lambda report: sender.send((_Message.REPORT, report))) if is_main else None)
         if is_main:
-            sender.send(result)
+            sender.send((_Message.RESULT, result))
     except USER_ERRORS as error:
-        sender.send(error)
+        sender.send((_Message.FAILURE, error))
     except KeyboardInterrupt:
         pass  # the parent has it too and speaks for all
     except Exception:
-        sender.send(RuntimeError(traceback.format_exc()))
+        sender.send((_Message.FAILURE, RuntimeError(traceback.format_exc())))
 
 
 @contextmanager
