@@ -90,6 +90,11 @@ def meeting_point(num_processes: int) -> Iterator[list[dict[str, str]]]:
     yield [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
 
 
+def default_processes(config: RunConfig) -> int:
+    """One per GPU of this machine, or one where the run is on the CPU."""
+    return 1 if config.train.device == "cpu" else max(1, torch.cuda.device_count())
+
+
 def show_notes() -> None:
     """Let what the parts of the trainer choose for themselves appear on standard error."""
     logging.basicConfig(format="%(message)s")
