@@ -126,14 +126,14 @@ class _Teller:
 
     def __init__(self, on_progress: OnProgress | None, stop: StopRequest) -> None:
         self._on_progress, self._stop = on_progress, stop
-        self._told = 0.0
+        self._part, self._told = "", 0.0
 
     def __call__(self, part: str, done: int = 0, steps: int | None = None) -> None:
         """Raises `TrainingError` where the process has been asked to stop."""
         now = time.monotonic()
-        if done and now - self._told < PROGRESS_SECONDS:
+        if part == self._part and now - self._told < PROGRESS_SECONDS:
             return
-        self._told = now
+        self._part, self._told = part, now
         if self._stop.signal:
             raise TrainingError("The profile was stopped by a signal; nothing has been written.")
         if self._on_progress is not None:

@@ -12,7 +12,8 @@ from tools.profile.result import COPY, DATA_WAIT, EXPOSED
 
 # Shares of a step from which on a cause is named; they are tried in this order.
 STRAGGLER_SHARE = 0.15  # by which the slowest rank is slower than the others
-WAIT_SHARE = 0.1  # waiting for data
+WAIT_SHARE = 0.1  # waiting for data, from a loader that is slower than the step
+SHARING_SHARE = 0.3  # waiting for data, from one that is fast enough alone
 EXPOSED_SHARE = 0.2  # waiting for collectives, on the rank that waits least
 AUGMENT_SHARE = 0.5  # distortions, of a step that nothing else holds up
 # A loader that is slower than that share of what its stages could do together is itself the limit.
@@ -41,11 +42,13 @@ def judge(profile: Mapping[str, Any]) -> Verdict:
     if straggler and straggler["excess_seconds"] > STRAGGLER_SHARE * run["step_seconds"]:  # 1
         return _straggler(profile, straggler)
     phases = _least_hindered(profile)
-    waited = sum(phases.get(phase, 0.0) for phase in FEEDING)
-    if waited > WAIT_SHARE * run["step_seconds"]:  # 2
-        is_copy = phases.get(COPY, 0.0) > phases.get(DATA_WAIT, 0.0)
-        return _copy(profile) if is_copy else _feeding(profile)
-    if phases.get(EXPOSED, 0.0) > EXPOSED_SHARE * run["step_seconds"]:  # 3
+    share = {phase: seconds / run["step_seconds"] for phase, seconds in phases.items()}
+    loader, step = (profile["ceilings"][name]["pairs_per_second"] for name in ("loader", "step"))
+    if share.get(COPY, 0.0) > max(WAIT_SHARE, share[DATA_WAIT]):  # 2
+        return _copy(profile)
+    if share[DATA_WAIT] > (WAIT_SHARE if loader < step else SHARING_SHARE):
+        return _feeding(profile)
+    if share.get(EXPOSED, 0.0) > EXPOSED_SHARE:  # 3
         return _collectives(profile, phases[EXPOSED])
     return _step(profile, phases)  # 4
 
