@@ -18,7 +18,7 @@ from tools.profile import run
 from train.config import RunConfig
 
 CORES = 4
-SLOW_SECONDS = 0.03  # for an image
+SLOW_SECONDS = 0.06  # for an image
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +62,11 @@ def test_one_worker_that_cannot_decode_fast_enough(
     assert verdict["limit"] == "decode", verdict["sentence"]
     assert verdict["change"].startswith("data.workers="), verdict["sentence"]
     assert 1 < int(verdict["change"].partition("=")[2]) <= CORES
-    assert verdict["ratio"] > 2
+    assert verdict["ratio"] > 1
 
 
 def test_a_step_that_is_slower_than_the_loader(config: RunConfig, tmp_path: Path) -> None:
-    result = profile_tiny(config, tmp_path, seconds_of_step=8 * SLOW_SECONDS)
+    result = profile_tiny(config, tmp_path, seconds_of_step=4 * SLOW_SECONDS)
     assert result["verdict"]["limit"] == "step", result["verdict"]["sentence"]
     assert "forward" in result["verdict"]["sentence"]
 

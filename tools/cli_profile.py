@@ -9,27 +9,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tools.console import EXIT_USER_ERROR, leave, progress_bar, say, show_json, show_table
-from tools.options import Json, Overrides
+from tools.console import progress_bar, say, show_json, show_table
+from tools.options import ConfigPath, Json, Overrides
 
 if TYPE_CHECKING:
     from tools.profile.run import Progress
 
 
 def profile(
-    config: Annotated[
-        Path | None,
-        typer.Argument(metavar="CONFIG", help="A YAML recipe, such as those in configs/."),
-    ] = None,
+    config: ConfigPath,
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option(min=1, help="Measured steps of each part, after a warm-up.")] = 20,
     out: Annotated[Path | None, typer.Option(help="Folder for the files; default run_dir/profile.")] = None,
     procs: Annotated[
         int | None, typer.Option(min=1, help="Local processes; default one per GPU, or 1 without a GPU.")
     ] = None,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Compare two profiles instead: the files to compare follow.")
-    ] = False,
     as_json: Json = False,
 ) -> None:
     """Find out what limits the speed of a run on this machine, and which setting to change.
@@ -38,8 +32,6 @@ def profile(
     the system lets it be dropped), decoding, cropping, distorting, copying to the GPU, the loader as a whole,
     the step on synthetic data, and with several ranks each collective. Then the real run, each step split
     into data wait, copy, distortions, forward, loss, backward, exposed communication, optimizer and idle.
-    Then the device: its peaks, and the kernels of a few steps.
-
     The phases are timed without waiting for the device. Data wait is how long a step stood still for want of
     a batch; exposed communication is what it waited for other ranks, including for one that is late. That
     one waits least itself, and is named with its machine and the likely cause.
@@ -47,21 +39,14 @@ def profile(
     The ranks are started as by pretrain: --procs here, or torchrun. train.batch_size is the batch of all
     ranks. The run's checkpoint is neither read nor written.
 
-    Writes into OUT: profile.json, report.html (one file, with the pictures) and trace.json.gz (for
-    ui.perfetto.dev; one for each rank where there are several).
+    Writes profile.json and profile.png into OUT.
 
     Examples
 
         fastbarlow profile configs/imagenet_rn50_1gpu.yaml data.loader=dali
         fastbarlow profile configs/cifar10_rn18.yaml train.device=cpu --procs 2 --steps 50 --json
         torchrun --nproc-per-node 8 --no-python fastbarlow profile configs/imagenet_rn50_8xh100.yaml
-        fastbarlow profile --compare before/profile.json after/profile.json
     """
-    if compare:
-        _compare([*([str(config)] if config else []), *(overrides or [])], as_json=as_json)
-        return
-    if config is None:
-        leave("Which run? Give a recipe: fastbarlow profile CONFIG.", EXIT_USER_ERROR)
     from tools.profile.result import check_writable
     from tools.profile.run import launch_profile, profile_run
     from tools.profile.summary import summary_tables
@@ -85,9 +70,7 @@ def profile(
         return
     for title, rows in summary_tables(result):
         show_table(title, rows, as_json=as_json)
-    for warning in (result.get("utilisation") or {}).get("warnings", []):
-        say(warning, as_json=as_json)
-    say(f"Written to {out}; look at {out / 'report.html'}.", as_json=as_json)
+    say(f"Written to {out}.", as_json=as_json)
     say(result["verdict"]["sentence"], as_json=as_json)
     if as_json:
         show_json(result)
@@ -107,16 +90,3 @@ def _progress() -> Iterator[Callable[["Progress"], None]]:
             part = progress.part
 
         yield on_progress
-
-
-def _compare(files: list[str], *, as_json: bool) -> None:
-    from tools.profile.compare import compare, compare_tables
-    from tools.profile.result import read_json
-
-    if len(files) != 2:
-        leave("Give two files: fastbarlow profile --compare BEFORE.json AFTER.json.", EXIT_USER_ERROR)
-    result = compare(*(read_json(Path(file)) for file in files))
-    for title, rows in compare_tables(result):
-        show_table(title, rows, as_json=as_json)
-    if as_json:
-        show_json(result)

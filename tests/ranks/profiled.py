@@ -15,7 +15,7 @@ from train.config import RunConfig
 from train.distributed import process_group
 
 STEPS = 3
-SLOW_SECONDS = 0.1  # longer than all that a step does
+SLOW_SECONDS = 0.2  # far longer than all that a step does
 
 
 class TinyTwin(nn.Module):
@@ -58,11 +58,12 @@ def profile_tiny(
 def profile_slow_rank(config: RunConfig, folder: Path, on_progress: run.OnProgress | None) -> None:
     """What a rank does: two profiles, `folder`/compute and `folder`/loader; rank 1 is slow in these."""
     pause = SLOW_SECONDS if os.environ["RANK"] == "1" else 0.0
+    of_image = pause / (config.train.batch_size // 2)
     with (
         process_group("cpu") as world,  # a launcher's store serves for one, which both profiles share
         patch.object(run, "process_group", lambda device: nullcontext(world)),
         patch.object(run, "stage_ceilings", lambda config, world: ({}, None)),
     ):
         profile_tiny(config, folder / "compute", pause, on_progress)
-        with patch.object(sample_reader, "read_image", delayed(sample_reader.read_image, pause)):
+        with patch.object(sample_reader, "read_image", delayed(sample_reader.read_image, of_image)):
             profile_tiny(config, folder / "loader", 0.0, on_progress)

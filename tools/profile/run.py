@@ -64,7 +64,7 @@ def profile_run(
     3. the collectives of that step, with several ranks
     4. the loader as a whole
     Then
-    5. the real thing: loader and step together, each step split into phases, and how busy the machine is
+    5. the real thing: loader and step together, each step split into phases
     6. the verdict and the files
 
     2, 4 and 5 measure `steps` steps after a warm-up. That of 4 and 5 also takes away what the loader has

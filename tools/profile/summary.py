@@ -11,14 +11,12 @@ _ON_THREADS = "read", "decode", "crop"
 
 
 def summary_tables(profile: Mapping[str, Any]) -> Iterator[Table]:
-    """Ceilings, split and, where there are several ranks, these and their collectives; kernels if known."""
+    """Ceilings, split and, where there are several ranks, these and their collectives."""
     yield _ceilings(profile)
     yield _split(profile)
     if len(profile["ranks"]) > 1:
         yield _ranks(profile["ranks"])
         yield _collectives(profile["collectives"])
-    if (profile.get("kernels") or {}).get("shares"):
-        yield _kernels(profile["kernels"])
 
 
 def _ceilings(profile: Mapping[str, Any]) -> Table:
@@ -82,11 +80,3 @@ def _collectives(collectives: Sequence[Mapping[str, Any]]) -> Table:
             )
         )
     return "Communication", rows
-
-
-def _kernels(kernels: Mapping[str, Any]) -> Table:
-    rows: list[Sequence[str]] = [("kernels", "share of their time")]
-    rows += [(kind, f"{share:.1%}") for kind, share in kernels["shares"].items() if share >= 0.0005]
-    known = {"MFU, of the measured peak": "mfu", "memory bandwidth, of the measured peak": "bandwidth_share"}
-    rows += [(name, f"{kernels[key]:.1%}") for name, key in known.items() if kernels.get(key) is not None]
-    return "The device", rows
