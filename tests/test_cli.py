@@ -166,7 +166,7 @@ def test_demo_does_the_main_job_and_reports_it(root: Path, demo_result: dict) ->
     ):
         assert title in report
     assert f"{after:.1%}" in report
-    for name in ("untrained.pt", "checkpoint.pt", "config.yaml", "metrics.jsonl", "profile/profile.png"):
+    for name in ("untrained.pt", "checkpoint.pt", "config.yaml", "metrics.jsonl", "profile/profile.json"):
         assert (root / "run" / name).stat().st_size > 0
     assert [record["step"] for record in read_metrics(root / "run")] == [1, 2]
 
@@ -219,10 +219,14 @@ def test_profile_into_a_bad_folder_is_refused_before_measuring(root: Path) -> No
 
 
 def test_profile_writes_its_files_and_prints_json(root: Path, tmp_path: Path) -> None:
-    result = measure("profile", root / "tiny.yaml", "--steps", 1, "--out", tmp_path)
-    assert sum(result["shares"].values()) == pytest.approx(1)
-    assert json.loads((tmp_path / "profile.json").read_text()) == result
+    result = call("profile", root / "tiny.yaml", "--steps", 1, "--out", tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    profile = json.loads(result.stdout)
+    assert sum(profile["run"]["phases"].values()) == pytest.approx(profile["run"]["step_seconds"])
+    assert json.loads((tmp_path / "profile.json").read_text()) == profile
     assert (tmp_path / "profile.png").stat().st_size > 0
+    assert result.stderr.splitlines()[-1] == profile["verdict"]["sentence"]
+    assert result.stderr.count("measuring the step alone") == 1
 
 
 def test_benchmarks_print_json(root: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ Heavy libraries are imported inside the commands, so that `--help` is quick.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -15,6 +15,7 @@ from tools.cli_detect import detect
 from tools.cli_eval import eval_app
 from tools.cli_export import export
 from tools.cli_pretrain import pretrain
+from tools.cli_profile import profile
 from tools.console import (
     EXIT_SHORTFALL,
     Commands,
@@ -24,10 +25,7 @@ from tools.console import (
     show_table,
     training_progress,
 )
-from tools.options import ConfigPath, Json, Overrides
-
-if TYPE_CHECKING:
-    from tools.profile import Profile
+from tools.options import Json
 
 DEMO_CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 REQUIRED_GAIN_POINTS = 15  # of kNN accuracy by DEMO_CONFIG, which gains 27 where it was measured
@@ -113,42 +111,7 @@ def demo(
 
 app.command()(pretrain)
 app.command()(audit)
-
-
-@app.command()
-def profile(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    steps: Annotated[int, typer.Option(min=1, help="Measured steps of each part, after a warm-up.")] = 20,
-    out: Annotated[Path | None, typer.Option(help="Folder for the files; default run_dir/profile.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Find out where the time of a training step goes on this machine, and what limits the speed.
-
-    Runs the loader alone, then loader and step together, each step split into data wait, augmentation,
-    forward, loss, backward and optimizer, then the step alone on synthetic data. On a GPU all times are the
-    GPU's own: data wait is how long it stood still for want of a batch. One process; train.batch_size is
-    its batch, so for one GPU of many divide the recipe's. The run's checkpoint is neither read nor written.
-
-    Writes profile.json and profile.png into OUT.
-
-    Examples
-
-        fastbarlow profile configs/imagenet_rn50_8xh100.yaml train.batch_size=256 data.loader=dali
-        fastbarlow profile configs/cifar10_rn18.yaml --steps 50 --json
-    """
-    from tools.profile import check_writable, profile_run, write_profile
-    from train.config import load_config
-
-    run = load_config(config, overrides or [])
-    out = out or run.run_dir / "profile"
-    check_writable(out)
-    result = profile_run(run, steps, on_phase=lambda phase: say(f"measuring {phase}", as_json=True))
-    write_profile(result, out)
-    _show_profile(result, as_json=as_json)
-    say(f"Written to {out}.", as_json=as_json)
-    if as_json:
-        show_json(result.as_dict())
+app.command()(profile)
 
 
 @app.command()
@@ -191,21 +154,6 @@ def show_views(
 
 
 app.command()(export)
-
-
-def _show_profile(profile: "Profile", *, as_json: bool) -> None:
-    rows = [("phase", "ms per step", "share")]
-    rows += [(name, f"{1000 * s:.2f}", f"{profile.shares[name]:.1%}") for name, s in profile.phases.items()]
-    rows.append(("step", f"{1000 * profile.step_seconds:.2f}", "100.0%"))
-    show_table(f"Mean of {profile.steps} steps of {profile.batch_size} pairs", rows, as_json=as_json)
-    rows = [
-        ("", "pairs/s"),
-        ("loader and step together", f"{profile.pairs_per_second:.1f}"),
-        ("loader alone", f"{profile.loader_pairs_per_second:.1f}"),
-        ("step alone", f"{profile.step_pairs_per_second:.1f}"),
-    ]
-    show_table("Speed", rows, as_json=as_json)
-    say(profile.verdict, as_json=as_json)
 
 
 def main() -> None:

@@ -75,7 +75,7 @@ def detect(
     from tools.detect import DetectionJob, Stopped, run_detection
     from tools.results import default_place
     from train.errors import ConfigError
-    from train.launch import run_on_ranks, show_notes
+    from train.launch import launch_ranks, show_notes
 
     given = {"batch_size": batch_size, "lr": lr, "workers": workers, "seed": seed}
     config = _settings(protocol, iterations, short_side, given)
@@ -89,7 +89,7 @@ def detect(
     try:
         with _progress() if is_main else nullcontext() as on_report:
             run = partial(run_detection, job)
-            result = run_on_ranks(run, num_processes, on_report) if num_processes > 1 else run(on_report)
+            result = launch_ranks(run, num_processes, on_report) if num_processes > 1 else run(on_report)
     except KeyboardInterrupt:
         leave(f"Interrupted; the same command goes on from {job.detector}, if it is there.", EXIT_INTERRUPTED)
     if isinstance(result, Stopped):

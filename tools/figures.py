@@ -19,11 +19,15 @@ LINE = "#2563ab"
 # One fixed colour per phase of a step, in the order of the phases; told apart also without colour vision.
 PHASE_COLOURS = {
     "data wait": "#d55e00",
+    "copy": "#994000",
+    "step": "#00507d",
     "augment": "#e69f00",
     "forward": "#0072b2",
     "loss": "#009e73",
     "backward": "#56b4e9",
+    "exposed communication": "#cc79a7",
     "optimizer": "#8c6bb1",
+    "idle": "#b8c0c8",
 }
 DOTS_PER_INCH = 160
 

@@ -4,6 +4,7 @@ Shape legend: N samples of the source, K samples that are asked for, C classes.
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,11 @@ class FolderSource(Source):
             return np.fromfile(self._files[index], dtype=np.uint8)
         except OSError as error:
             raise unreadable(self.name(index), error) from error
+
+    def extents(self, indices_K: np.ndarray) -> Iterator[tuple[Path, int, int]]:
+        for index in indices_K:
+            file = Path(self._files[index])
+            yield file, 0, file.stat().st_size
 
     def name(self, index: int) -> str:
         return self._files[index]
