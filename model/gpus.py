@@ -1,4 +1,4 @@
-"""What the GPUs can do by their makers' figures: the one table that speeds are compared with and planned by."""
+"""What the GPUs can do by their makers' figures: one table to compare speeds with and to plan by."""
 
 import re
 from typing import NamedTuple

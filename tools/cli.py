@@ -11,6 +11,7 @@ import typer
 from tools.cli_bench import bench_app
 from tools.cli_convert import add_commands as add_convert_commands
 from tools.cli_eval import eval_app
+from tools.cli_plan import plan
 from tools.cli_pretrain import pretrain
 from tools.console import (
     EXIT_SHORTFALL,
@@ -107,6 +108,7 @@ def demo(
 
 
 app.command()(pretrain)
+app.command()(plan)
 
 
 @app.command()

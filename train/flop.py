@@ -8,6 +8,7 @@ from model.config import ModelConfig
 from model.gpus import find_gpu
 from model.twin import Twin
 
+
 def peak_flops(gpu: str, precision: str) -> float | None:
     """Published peak of the GPU of that name in `precision`; None for one unknown, and for a part of one."""
     known = find_gpu(gpu)
