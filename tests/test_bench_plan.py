@@ -29,16 +29,16 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_steps_of_other_sizes_are_predicted_from_those_profiled(in_this_process: None) -> None:
     done: list[tuple[int, int]] = []
     result = bench_plan(
-        CONFIG, ranks=[1], profiled=[3, 6], pairs=[5], steps=2, progress=lambda *at: done.append(at)
+        CONFIG, ranks=[1], profiled=[3, 6], pairs=[5], steps=1, progress=lambda *at: done.append(at)
     )
     assert [(row["ranks"], row["pairs_per_rank"], row["loss"]) for row in result["rows"]] == [
         (1, 5, "dense"),
         (1, 5, "gram"),
     ]
     for row in result["rows"]:
-        assert row["ratio"] == row["predicted_ms"] / row["measured_ms"]
+        assert row["ratio"] == pytest.approx(row["predicted_ms"] / row["measured_ms"])
         assert row["predicted_ms"] == pytest.approx(sum(row["predicted_parts_ms"].values()))
-        assert len(row["all_ms"]) == 2 and row["measured_ms"] > 0
+        assert len(row["all_ms"]) == 1 and row["measured_ms"] > 0
         assert row["predicted_parts_ms"].keys() == {"augment", "forward", "loss", "backward", "optimizer"}
     assert done == [(1, 3), (2, 3), (3, 3)]
 
