@@ -23,7 +23,6 @@ LARS_PASSES = 1 + 2 + 3 + 2 + 2 + 5
 # Bytes moved for each pixel of a view (pipelines/augment/fused.py), with 2-byte results.
 FLOOR_BYTES, BLURRED_BYTES = 9, 21
 DISTORTED_PER_CORE = 1589  # pairs of 224 pixels per second: tools/bench/results/2026-11-20-cpu.md
-GLOO, NCCL = "gloo", "NCCL"
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def published_rates(config: RunConfig, work: NetworkWork, cluster: Cluster) -> R
             "forward": sheet,
             "backward": sheet,
             "loss": "model/loss/plan.py at these speeds",
-            "statistics": link if cluster.is_cpu else f"{NCCL}'s own latencies, {link}",
+            "statistics": link if cluster.is_cpu else f"NCCL's own latencies, {link}",
             "gradients": link,
             "optimizer": f"{LARS_PASSES} passes over the parameters",
         },

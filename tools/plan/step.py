@@ -19,6 +19,7 @@ from train.step import DTYPES
 BUCKETS = 1 << 20, 25 << 20
 NEWS_BYTES, STATISTIC_BYTES = 4 * 8, 4  # train/preemption.py; float32 statistics
 VIEWS = 2
+_OPERATIONS = {"dense": "all_reduce", "gram": "all_gather", "sharded": "all_to_all, all_reduce"}
 # The authors' loss makes a pass where ours fuses two, over operands as wide.
 AUTHORS_PASSES = 2
 
@@ -169,6 +170,3 @@ def _loss_traffic(
     start = rates.latency_factor * cluster.latency("all_reduce")
     seconds = count * start + sent / hardware.link_bandwidth
     return Traffic("loss", _OPERATIONS[algorithm], count, sent, sent, seconds, seconds)
-
-
-_OPERATIONS = {"dense": "all_reduce", "gram": "all_gather", "sharded": "all_to_all, all_reduce"}

@@ -44,11 +44,9 @@ class Operators:
 
         `flops` operations and `bandwidth` bytes per second are what the device reaches.
         """
-        return float(self.each(images, flops, bandwidth).sum())
-
-    def each(self, images: float, flops: float, bandwidth: float) -> np.ndarray:
         moved_K = self.fixed_bytes_K + images * self.image_bytes_K
-        return np.maximum(np.maximum(images * self.flop_K / flops, moved_K / bandwidth), QUEUE_SECONDS)
+        seconds_K = np.maximum(images * self.flop_K / flops, moved_K / bandwidth)
+        return float(np.maximum(seconds_K, QUEUE_SECONDS).sum())
 
 
 @dataclass(frozen=True)
