@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torchvision.models.resnet import BasicBlock
 
+from model.backbones import BACKBONES
 from tools.bench import plan as bench
 from tools.bench.plan import bench_plan
 from train.config import RunConfig
@@ -12,7 +14,7 @@ from train.errors import ConfigError
 CONFIG = RunConfig.model_validate(
     {
         "run_dir": "none",
-        "data": {"path": "none", "image_size": 24},
+        "data": {"path": "none", "image_size": 24, "augment": {"implementation": "torch"}},
         "model": {"backbone": "resnet18", "projector": "8-16"},
         "train": {"device": "cpu", "precision": "fp32", "batch_size": 4, "optim": {"warmup_epochs": 0}},
     }
@@ -22,6 +24,7 @@ CONFIG = RunConfig.model_validate(
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(0, 1, torch.device("cpu"))
+    monkeypatch.setitem(BACKBONES, "resnet18", (BasicBlock, [1, 1, 1, 1]))
     monkeypatch.setattr(bench, "run_ranks", lambda job, ranks, device: [job(world)])
     monkeypatch.setattr(bench, "run_processes", lambda jobs, poll: [job() for job in jobs])
 

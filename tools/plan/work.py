@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from model.config import ModelConfig
+from model.config import LossConfig, ModelConfig
 from model.twin import Twin
 
 # What PyTorch's host needs to queue one operator: a GPU that is done earlier waits. An assumption.
@@ -79,9 +79,13 @@ class NetworkWork:
         return self.cast_bytes + images * int((kept + 3 * np.array(self.saved_bytes)).max())
 
 
-@cache
 def count_network(config: ModelConfig, image_size: int, operand_bytes: int) -> NetworkWork:
     """Count the passes of images of `image_size` pixels in numbers of `operand_bytes`; computes nothing."""
+    return _count_once(config.model_copy(update={"loss": LossConfig()}), image_size, operand_bytes)
+
+
+@cache
+def _count_once(config: ModelConfig, image_size: int, operand_bytes: int) -> NetworkWork:
     dtype = {2: torch.bfloat16, 4: torch.float32}[operand_bytes]
     few, many = (_count(config, image_size, dtype, M) for M in PROBES)
     forward, backward = (
