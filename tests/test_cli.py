@@ -44,6 +44,8 @@ COMMANDS = [
     ["bench", "loader"],
     ["bench", "loss"],
     ["bench", "augment"],
+    ["bench", "plan"],
+    ["plan"],
     ["export"],
 ]
 CLASSES = ["ant", "bee", "cat"]

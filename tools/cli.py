@@ -14,6 +14,7 @@ from tools.cli_convert import add_commands as add_convert_commands
 from tools.cli_detect import detect
 from tools.cli_eval import eval_app
 from tools.cli_export import export
+from tools.cli_plan import plan
 from tools.cli_pretrain import pretrain
 from tools.cli_profile import profile
 from tools.console import (
@@ -112,6 +113,7 @@ def demo(
 app.command()(pretrain)
 app.command()(audit)
 app.command()(profile)
+app.command()(plan)
 
 
 @app.command()

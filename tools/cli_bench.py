@@ -7,6 +7,7 @@ import typer
 
 from tools.cli_bench_data import augment, convert, loader
 from tools.cli_bench_step import loss, recipe_of_step, step
+from tools.cli_plan import bench_plan
 from tools.console import EXIT_USER_ERROR, leave, or_dash, progress_bar, say, show_json, show_table
 from tools.options import Json
 
@@ -17,6 +18,7 @@ bench_app = typer.Typer(
 )
 for command in (loader, augment, convert, loss, step):
     bench_app.command()(command)
+bench_app.command(name="plan")(bench_plan)
 
 
 @bench_app.command(name="all")
