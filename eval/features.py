@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from eval.config import FeaturesConfig
+from eval.feature_memory import allocate_features
 from model.errors import ModelError
 from model.weights import IMAGENET, Normalisation
 from pipelines.errors import DataError
@@ -59,16 +60,18 @@ def extract_features(
             if isinstance(crops_NCHW, DataError):
                 raise crops_NCHW
             batch_NF = features_of_crops(backbone, crops_NCHW, device, normalisation)
+            if not batch_NF.isfinite().all():
+                raise ModelError(
+                    "The backbone's features are not all finite numbers; its training has diverged."
+                )
             if features_NF is None:  # allocated once: joining a list would need twice the memory
-                features_NF = torch.empty(len(source), batch_NF.shape[1])
+                features_NF = allocate_features(len(source), batch_NF.shape[1])
             features_NF[done : done + len(batch_NF)] = batch_NF
             done += len(batch_NF)
             if progress is not None:
                 progress(done, len(source))
     if features_NF is None:
         raise DataError(f"There are no images in {source.path}; check the path.")
-    if not features_NF.isfinite().all():
-        raise ModelError("The backbone's features are not all finite numbers; its training has diverged.")
     return features_NF, torch.from_numpy(source.labels_N.copy())
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from eval.config import EvalConfig
 from eval.features import Progress, extract_features
-from eval.knn import knn_accuracy
+from eval.knn import knn_accuracies
 from eval.linear import linear_probe
 from eval.result import EvalResult, summary
 from model.weights import IMAGENET, Normalisation, read_weights
@@ -45,7 +45,9 @@ def evaluate(
 
 def _knn(features: Features, config: EvalConfig, device: torch.device | str) -> dict[str, float]:
     """Weighted votes of the nearest neighbours."""
-    return {"top1": knn_accuracy(*features, config.knn, device)}
+    knn = config.knn
+    found = knn_accuracies(*features, (knn.k, *knn.also_k), knn.temperature, device, over_ranks=True)
+    return {"top1": found[knn.k]} | {f"top1_k{k}": found[k] for k in knn.also_k}
 
 
 def _linear(features: Features, config: EvalConfig, device: torch.device | str) -> dict[str, float]:

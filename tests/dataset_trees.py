@@ -65,8 +65,8 @@ def write_voc(
 ) -> None:
     """A VOC devkit: for each part its images, by name, with their objects.
 
-    An object is a rectangle, of a grey of its class's own, on noise. Without `lists`, the files that say which
-    image shows which class are left out.
+    An object is a rectangle, of a grey of its class's own, on noise. Without `lists`, the files that say
+    which image shows which class are left out.
     """
     root, random = devkit / year, np.random.default_rng(0)
     sets = root / "ImageSets" / "Main"

@@ -1,4 +1,4 @@
-"""Published data sets in their makers' layout: the same samples as listed, and a sentence for what is amiss."""
+"""Data sets in their makers' layout: the samples as listed, and a sentence for what is amiss."""
 
 import json
 from collections.abc import Callable

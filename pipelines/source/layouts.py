@@ -111,7 +111,8 @@ def open_layout(path: Path) -> FileSource:
     name, root, *part = str(path).split(":")
     if not root or len(part) > 1 or (part and part[0] not in PARTS):
         raise DataError(
-            f"{path} names no part of a dataset; write {name}:ROOT for the training images or {name}:ROOT:val."
+            f"{path} names no part of a dataset; write {name}:ROOT for the training images, or "
+            f"{name}:ROOT:val."
         )
     return LAYOUTS[name](Path(root), part[0] if part else "train")
 
