@@ -30,12 +30,14 @@ def extract_features(
     progress: Progress | None = None,
     *,
     normalisation: Normalisation = IMAGENET,
+    images: Dataset | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Features (N, F) float32 and labels (N,) int64 of all images of `source` in its order, on the CPU.
 
     The images are those of the authors' evaluate.py: short side resized (bilinear, antialiased), centre crop,
-    normalised. `backbone` is moved to `device` and put into evaluation mode. On CUDA it runs under bfloat16
-    autocast (float16 where the GPU has no bfloat16), elsewhere in float32.
+    normalised; unless others are given as `images`, in the form of `CentreCrops`. `backbone` is moved to
+    `device` and put into evaluation mode. On CUDA it runs under bfloat16 autocast (float16 where the GPU has
+    no bfloat16), elsewhere in float32.
 
     Raises `DataError` where an image cannot be read or a worker process dies, `ModelError` where a feature is
     not finite.
@@ -43,7 +45,7 @@ def extract_features(
     device = torch.device(device)
     backbone.to(device, memory_format=torch.channels_last).eval()
     loader = DataLoader(
-        CentreCrops(source, config),
+        images or CentreCrops(source, config),
         batch_size=config.batch_size,
         num_workers=config.workers,
         collate_fn=_stack,

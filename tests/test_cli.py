@@ -37,11 +37,13 @@ COMMANDS = [
     ["eval"],
     ["eval", "knn"],
     ["eval", "linear"],
+    ["eval", "voc07"],
     ["profile"],
     ["bench"],
     ["bench", "loader"],
     ["bench", "loss"],
     ["bench", "augment"],
+    ["bench", "knn"],
     ["export"],
 ]
 CLASSES = ["ant", "bee", "cat"]

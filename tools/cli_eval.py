@@ -139,7 +139,7 @@ def _evaluate(
     from train.distributed import process_group
 
     weights = read_weights(checkpoint)
-    config = _settings(weights, checkpoint, options)
+    config = eval_settings(weights, checkpoint, options)
     sources = open_source(train), open_source(test)
     with process_group(device) as world, progress_bar("extracting features") as progress:
         result = evaluate(
@@ -166,7 +166,7 @@ def _evaluate(
         show_json(record)
 
 
-def _settings(weights: "BackboneWeights", checkpoint: Path, options: Options) -> "EvalConfig":
+def eval_settings(weights: "BackboneWeights", checkpoint: Path, options: Options) -> "EvalConfig":
     """The run's own eval settings, or the defaults, with the options that were given in their place."""
     remedy = "export the backbone and evaluate the exported file"
     settings = _validated(weights.eval_settings or {}, f"{checkpoint}: ", remedy).model_dump()
