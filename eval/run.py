@@ -69,16 +69,7 @@ def _extract(
     normalisation: Normalisation | None,
 ) -> Features:
     """Features and labels of `train`, then of `test`."""
-    for source in (train, test):
-        if not source.classes:
-            raise DataError(
-                f"{source.path} has no labels; evaluate on a dataset that was converted with them."
-            )
-    if train.classes != test.classes:
-        raise DataError(
-            f"The classes of {train.path} and {test.path} differ ({_first_difference(train, test)}); "
-            f"evaluate on two datasets with the same classes."
-        )
+    check_labels(train, test)
     if isinstance(model, nn.Module):
         backbone, normalisation = model, normalisation or IMAGENET
     else:
@@ -98,6 +89,20 @@ def _extract(
 
 def _shifted(progress: Progress, before: int, total: int) -> Progress:
     return lambda done, _: progress(before + done, total)
+
+
+def check_labels(train: Source, test: Source) -> None:
+    """Raise `DataError` unless both are labelled, with the same classes."""
+    for source in (train, test):
+        if not source.classes:
+            raise DataError(
+                f"{source.path} has no labels; evaluate on a dataset that was converted with them."
+            )
+    if train.classes != test.classes:
+        raise DataError(
+            f"The classes of {train.path} and {test.path} differ ({_first_difference(train, test)}); "
+            f"evaluate on two datasets with the same classes."
+        )
 
 
 def _first_difference(train: Source, test: Source) -> str:

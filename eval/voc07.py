@@ -38,7 +38,7 @@ from pipelines.source.voc import DIFFICULT, PRESENT, VOC_CLASSES
 
 NORM_FLOOR = 1e-5  # added to a feature's length before it is divided by it
 
-Costs = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
+Costs = Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Field(min_length=1)]
 
 
 class Voc07Config(Section):
@@ -94,29 +94,26 @@ def voc07(
         _check_counts(source, config.folds if part == "train" else 1)
     pooled = copy.deepcopy(backbone)
     pooled.avgpool = GridPool(config.grid)
-    total = sum(len(source) for source in sources.values())
-    parts, before = [], 0
-    for source in sources.values():  # 1
-        report = None if progress is None else _shifted(progress, before, total)
+    tell, total = progress or (lambda done, total: None), sum(map(len, sources.values()))
+    parts = []
+    for source, before in zip(sources.values(), (0, len(sources["train"])), strict=True):  # 1
         features_NF, _ = extract_features(
             pooled,
             source,
             features,
             device,
-            report,
+            lambda done, _, before=before: tell(before + done, total),
             normalisation=normalisation,
             images=SquashedImages(source, features),
         )
         parts.append(_unit(features_NF.double().numpy()))
-        before += len(source)
 
     train, test = sources.values()
     settings = SvmSettings(
         config.costs, config.folds, config.positive_weight, config.max_iterations, config.seed
     )
     jobs = jobs or len(os.sched_getaffinity(0))
-    report = progress or (lambda done, total: None)
-    fitted = fit_classes(parts[0], train.presence_NC, parts[1], settings, jobs, report)  # 2
+    fitted = fit_classes(parts[0], train.presence_NC, parts[1], settings, jobs, tell)  # 2
     by_class = {}
     for place, (name, found) in enumerate(zip(VOC_CLASSES, fitted, strict=True)):  # 3
         counts_M = test.presence_NC[:, place] != DIFFICULT
@@ -189,7 +186,3 @@ def _check_counts(source: Voc07Source, least: int) -> None:
                     f"{source.path} has {count} images of this part {what} the class {name}, and {least} are "
                     f"needed; unpack the whole archive."
                 )
-
-
-def _shifted(progress: Progress, before: int, total: int) -> Progress:
-    return lambda done, _: progress(before + done, total)

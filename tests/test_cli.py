@@ -37,6 +37,7 @@ COMMANDS = [
     ["eval"],
     ["eval", "knn"],
     ["eval", "linear"],
+    ["eval", "transfer"],
     ["eval", "voc07"],
     ["profile"],
     ["bench"],

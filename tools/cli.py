@@ -12,7 +12,7 @@ from tools.cli_bench import bench_app
 from tools.cli_convert import add_commands as add_convert_commands
 from tools.cli_eval import eval_app
 from tools.cli_pretrain import pretrain
-from tools.cli_transfer import bench_knn, voc07
+from tools.cli_transfer import bench_knn, transfer, voc07
 from tools.console import (
     EXIT_SHORTFALL,
     Commands,
@@ -51,6 +51,7 @@ add_convert_commands(app)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 bench_app.command("knn")(bench_knn)
+eval_app.command()(transfer)
 eval_app.command()(voc07)
 
 
