@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def test_schedules_are_those_of_the_paper_and_of_vissl() -> None:
     def drops(config: TransferConfig) -> list[int]:
         rates = [config.rate(epoch) for epoch in range(config.epochs)]
         assert rates[0] == config.lr
-        for before, after in zip(rates, rates[1:], strict=False):
+        for before, after in pairwise(rates):
             assert after == pytest.approx(before) or after == pytest.approx(before / 10)
         return [epoch for epoch in range(1, config.epochs) if rates[epoch] < rates[epoch - 1] / 2]
 
@@ -114,12 +115,8 @@ def test_published_layout_is_evaluated_by_the_command(
     assert record == json.loads(out.read_text())
     assert record["protocol"] == f"transfer-{name}"
     assert record["figures"]["top1"] > 0.6
-    assert [
-        (record["data"][role]["images"], record["data"][role]["classes"]) for role in ("train", "test")
-    ] == [
-        (12, 3),
-        (6, 3),
-    ]
+    sizes = {role: (part["images"], part["classes"]) for role, part in record["data"].items()}
+    assert sizes == {"train": (12, 3), "test": (6, 3)}
     settings = record["settings"]["transfer"]
     assert (settings["epochs"], settings["lr"], settings["milestones"]) == (30, 0.1, [20])
     assert settings["augmentation"] == "none"
