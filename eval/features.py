@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from eval.config import FeaturesConfig
+from eval.feature_memory import allocate_features
 from model.errors import ModelError
 from model.weights import IMAGENET, Normalisation
 from pipelines.errors import DataError
@@ -29,12 +30,14 @@ def extract_features(
     progress: Progress | None = None,
     *,
     normalisation: Normalisation = IMAGENET,
+    images: Dataset | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Features (N, F) float32 and labels (N,) int64 of all images of `source` in its order, on the CPU.
 
     The images are those of the authors' evaluate.py: short side resized (bilinear, antialiased), centre crop,
-    normalised. `backbone` is moved to `device` and put into evaluation mode. On CUDA it runs under bfloat16
-    autocast (float16 where the GPU has no bfloat16), elsewhere in float32.
+    normalised; unless others are given as `images`, in the form of `CentreCrops`. `backbone` is moved to
+    `device` and put into evaluation mode. On CUDA it runs under bfloat16 autocast (float16 where the GPU has
+    no bfloat16), elsewhere in float32.
 
     Raises `DataError` where an image cannot be read or a worker process dies, `ModelError` where a feature is
     not finite.
@@ -42,7 +45,7 @@ def extract_features(
     device = torch.device(device)
     backbone.to(device, memory_format=torch.channels_last).eval()
     loader = DataLoader(
-        CentreCrops(source, config),
+        images or CentreCrops(source, config),
         batch_size=config.batch_size,
         num_workers=config.workers,
         collate_fn=_stack,
@@ -59,16 +62,18 @@ def extract_features(
             if isinstance(crops_NCHW, DataError):
                 raise crops_NCHW
             batch_NF = features_of_crops(backbone, crops_NCHW, device, normalisation)
+            if not batch_NF.isfinite().all():
+                raise ModelError(
+                    "The backbone's features are not all finite numbers; its training has diverged."
+                )
             if features_NF is None:  # allocated once: joining a list would need twice the memory
-                features_NF = torch.empty(len(source), batch_NF.shape[1])
+                features_NF = allocate_features(len(source), batch_NF.shape[1])
             features_NF[done : done + len(batch_NF)] = batch_NF
             done += len(batch_NF)
             if progress is not None:
                 progress(done, len(source))
     if features_NF is None:
         raise DataError(f"There are no images in {source.path}; check the path.")
-    if not features_NF.isfinite().all():
-        raise ModelError("The backbone's features are not all finite numbers; its training has diverged.")
     return features_NF, torch.from_numpy(source.labels_N.copy())
 
 

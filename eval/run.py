@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from eval.config import EvalConfig
 from eval.features import Progress, extract_features
-from eval.knn import knn_accuracy
+from eval.knn import knn_accuracies
 from eval.linear import linear_probe
 from eval.result import EvalResult, summary
 from model.weights import IMAGENET, Normalisation, read_weights
@@ -45,7 +45,9 @@ def evaluate(
 
 def _knn(features: Features, config: EvalConfig, device: torch.device | str) -> dict[str, float]:
     """Weighted votes of the nearest neighbours."""
-    return {"top1": knn_accuracy(*features, config.knn, device)}
+    knn = config.knn
+    found = knn_accuracies(*features, (knn.k, *knn.also_k), knn.temperature, device, over_ranks=True)
+    return {"top1": found[knn.k]} | {f"top1_k{k}": found[k] for k in knn.also_k}
 
 
 def _linear(features: Features, config: EvalConfig, device: torch.device | str) -> dict[str, float]:
@@ -67,16 +69,7 @@ def _extract(
     normalisation: Normalisation | None,
 ) -> Features:
     """Features and labels of `train`, then of `test`."""
-    for source in (train, test):
-        if not source.classes:
-            raise DataError(
-                f"{source.path} has no labels; evaluate on a dataset that was converted with them."
-            )
-    if train.classes != test.classes:
-        raise DataError(
-            f"The classes of {train.path} and {test.path} differ ({_first_difference(train, test)}); "
-            f"evaluate on two datasets with the same classes."
-        )
+    check_labels(train, test)
     if isinstance(model, nn.Module):
         backbone, normalisation = model, normalisation or IMAGENET
     else:
@@ -96,6 +89,20 @@ def _extract(
 
 def _shifted(progress: Progress, before: int, total: int) -> Progress:
     return lambda done, _: progress(before + done, total)
+
+
+def check_labels(train: Source, test: Source) -> None:
+    """Raise `DataError` unless both are labelled, with the same classes."""
+    for source in (train, test):
+        if not source.classes:
+            raise DataError(
+                f"{source.path} has no labels; evaluate on a dataset that was converted with them."
+            )
+    if train.classes != test.classes:
+        raise DataError(
+            f"The classes of {train.path} and {test.path} differ ({_first_difference(train, test)}); "
+            f"evaluate on two datasets with the same classes."
+        )
 
 
 def _first_difference(train: Source, test: Source) -> str:

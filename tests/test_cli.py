@@ -39,6 +39,8 @@ COMMANDS = [
     ["eval", "linear"],
     ["eval", "report"],
     ["audit"],
+    ["eval", "transfer"],
+    ["eval", "voc07"],
     ["profile"],
     ["bench"],
     ["bench", "loader"],
@@ -46,6 +48,7 @@ COMMANDS = [
     ["bench", "augment"],
     ["bench", "plan"],
     ["plan"],
+    ["bench", "knn"],
     ["export"],
 ]
 CLASSES = ["ant", "bee", "cat"]
@@ -193,13 +196,16 @@ def test_evaluations_of_the_demo_can_be_repeated_by_hand(root: Path, demo_result
         for protocol, key in (("knn", "kNN"), ("linear", "linear")):
             result = measure("eval", protocol, root / "run" / name, root / "train.beton", root / "val.beton")
             assert result["figures"]["top1"] == demo_result["accuracies"][network][key]
-            assert (result["train_images"], result["test_images"], result["num_classes"]) == (18, 9, 3)
+            sizes = {role: (part["images"], part["classes"]) for role, part in result["data"].items()}
+            assert sizes == {"train": (18, 3), "test": (9, 3)}
 
 
 def test_options_replace_the_settings_in_the_checkpoint(root: Path, checkpoint: Path) -> None:
     images = root / "images"
-    result = measure("eval", "knn", checkpoint, images / "train", images / "val", "--k", 5, "--resize", 40)
+    options = "--k", 5, "--k", 2, "--k", 7, "--resize", 40
+    result = measure("eval", "knn", checkpoint, images / "train", images / "val", *options)
     assert result["settings"]["knn"]["k"] == 5
+    assert list(result["figures"]) == ["top1", "top1_k2", "top1_k7"]
     assert result["settings"]["features"] == RECIPE["eval"]["features"] | {"resize": 40}
 
 
@@ -271,7 +277,8 @@ def test_eval_help_names_the_built_in_defaults() -> None:
     for protocol, settings in (("knn", defaults.knn), ("linear", defaults.linear)):
         command = typer.main.get_command(eval_app).commands[protocol]
         helps = {parameter.name: getattr(parameter, "help", "") for parameter in command.params}
-        for name, value in (settings.model_dump() | defaults.features.model_dump()).items():
+        # `also_k` has no option of its own: it is all but the first --k.
+        for name, value in (settings.model_dump(exclude={"also_k"}) | defaults.features.model_dump()).items():
             assert helps[name].endswith(f"; default: the run's own, or {value}."), name
 
 

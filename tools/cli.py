@@ -17,6 +17,7 @@ from tools.cli_export import export
 from tools.cli_plan import plan
 from tools.cli_pretrain import pretrain
 from tools.cli_profile import profile
+from tools.cli_transfer import bench_knn, transfer, voc07
 from tools.console import (
     EXIT_SHORTFALL,
     Commands,
@@ -53,6 +54,9 @@ eval_app.command()(report)
 eval_app.command()(detect)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
+bench_app.command("knn")(bench_knn)
+eval_app.command()(transfer)
+eval_app.command()(voc07)
 
 
 @app.command()
