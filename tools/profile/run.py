@@ -21,9 +21,13 @@ from tools.bench.timing import drop, endless, warmup_batches
 from tools.environment import describe_environment
 from tools.profile.ceilings import loader_ceiling, stage_ceilings
 from tools.profile.collectives import measure_collectives
+from tools.profile.kernels import trace_steps
+from tools.profile.page import write_page
+from tools.profile.peaks import measure_peaks
 from tools.profile.ranks import gather_ranks
 from tools.profile.result import make_folder, write_profile
 from tools.profile.split import Split, StepSplitter
+from tools.profile.utilisation import Sampler
 from tools.profile.verdict import judge
 from train.config import RunConfig
 from train.distributed import World, process_group
@@ -33,6 +37,7 @@ from train.loop import build_twin, configure_backends, over_ranks
 from train.preemption import StopRequest, stop_signals_noted
 from train.step import TrainStep
 
+TRACED_STEPS = 3
 SYNTHETIC_BATCHES = 4  # enough that their numbers differ, made before the clock starts
 PROGRESS_SECONDS = 0.5
 
@@ -60,12 +65,14 @@ def profile_run(
 
     First each part alone:
     1. the stages of loading
-    2. the step, on synthetic batches that are ready beforehand
+    2. the step, on synthetic batches that are ready beforehand, and what the device reaches at best
     3. the collectives of that step, with several ranks
     4. the loader as a whole
     Then
-    5. the real thing: loader and step together, each step split into phases
-    6. the verdict and the files
+    5. the real thing: loader and step together, each step split into phases, while the machine's use is
+       sampled
+    6. some more steps under torch's profiler, which slows them down
+    7. the verdict and the files
 
     2, 4 and 5 measure `steps` steps after a warm-up. That of 4 and 5 also takes away what the loader has
     prepared ahead, which would look faster than batches can be made. Under torchrun each process is one rank,
@@ -88,6 +95,8 @@ def profile_run(
             train_step = TrainStep(config, network, loader.steps_per_epoch, mark=splitter.mark)
             ready = _ready_batches(config, world)
             alone, ceilings["step"] = _step_ceiling(splitter, train_step, ready, steps, batch, tell)  # 2
+            tell("what the device can reach")
+            peaks = measure_peaks(world.device, config.train.precision)
 
             collectives = []
             if world.size > 1:
@@ -101,9 +110,16 @@ def profile_run(
                 world.gather(None)
                 ceilings["loader"] = loader_ceiling(stream, steps, batch, world.device)
 
-                for done in splitter.run(train_step, stream, steps, to_drop=warmup):  # 5
-                    tell("loader and step together", done, steps)
+                with Sampler(world.device) as sampler:
+                    for done in splitter.run(train_step, stream, steps, to_drop=warmup):  # 5
+                        tell("loader and step together", done, steps)
                 split = splitter.split()
+
+                tell("a trace of the steps")  # 6
+                trace = out / (f"trace-{world.rank}.json.gz" if world.size > 1 else "trace.json.gz")
+                kernels = trace_steps(
+                    lambda: train_step(next(stream), 0), TRACED_STEPS, world.device, trace, peaks
+                )
 
         profile = {
             "environment": describe_environment(world.device),
@@ -114,10 +130,14 @@ def profile_run(
             "collectives": collectives,
             "run": _run_figures(config, split),
             "ranks": gather_ranks(world, split, ceilings["loader"]["pairs_per_second"]),
+            "peaks": peaks,
+            "kernels": kernels,
+            "utilisation": sampler.summary(),
         }
-        profile["verdict"] = judge(profile)._asdict()  # 6
+        profile["verdict"] = judge(profile)._asdict()  # 7
         if world.is_main:
             write_profile(profile, out)
+            write_page(profile, out)
         return profile
 
 
