@@ -41,6 +41,7 @@ COMMANDS = [
     ["audit"],
     ["eval", "transfer"],
     ["eval", "voc07"],
+    ["eval", "detect"],
     ["profile"],
     ["bench"],
     ["bench", "loader"],
