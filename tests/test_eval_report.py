@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from eval.config import FeaturesConfig
+from eval.transfer import SETTINGS
+from eval.voc07 import Voc07Config
 from pipelines.errors import DataError
 from tools.cli import app
 from tools.eval_report import build_report
@@ -183,17 +186,26 @@ def test_each_protocol_of_tables_3_and_4_has_its_columns(tmp_path: Path) -> None
 
     scores = dict.fromkeys(("AP", "AP50", "AP75", "maskAP", "maskAP50", "maskAP75"), 0.1)
     tuned = {"iterations": 90_000, "batch_size": 16, "lr": 0.03}
+    crops = {"features": FeaturesConfig().model_dump(mode="json")}
+    settings = {
+        name: SETTINGS[name].model_dump(mode="json") | {"augmentation": "random crops"}
+        for name in ("places205", "inat18")
+    }
+    settings["inat18"] |= {"epochs": 80, "augmentation": "none"}
     records = [
-        of("transfer-places205", {"top1": 0.5}, {"transfer": {"epochs": 14}}),
-        of("transfer-inat18", {"top1": 0.4}, {"transfer": {"epochs": 80}}),
-        of("voc07", {"mAP": 0.8}, {}),
+        of("transfer-places205", {"top1": 0.5}, crops | {"transfer": settings["places205"]}),
+        of("transfer-inat18", {"top1": 0.4}, crops | {"transfer": settings["inat18"]}),
+        of("voc07", {"mAP": 0.8}, crops | {"voc07": Voc07Config().model_dump(mode="json")}),
         of("detect-voc", {"AP": 0.5, "AP50": 0.8, "AP75": 0.6}, tuned),
         of("detect-coco", scores, tuned),
     ]
     report = build_report([written(tmp_path, *records)])
     (transfer,), (detect,) = report.ours[3], report.ours[4]
     assert list(transfer.percentages.values()) == [50, 40, 80]
-    assert transfer.notes == ["transfer-inat18: epochs 80 instead of 84"]
+    assert transfer.notes == [
+        "transfer-inat18: transfer.augmentation none instead of random crops",
+        "transfer-inat18: transfer.epochs 80 instead of 84",
+    ]
     assert list(detect.percentages.values()) == pytest.approx([50, 80, 60, *[10] * 6])
     assert detect.notes == [
         "detect-voc: iterations 90000 instead of 24000",

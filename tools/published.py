@@ -74,6 +74,12 @@ _FINETUNE = {
     "lr_classifier": (0.5,),
     "weight_decay": (0.0,),
 }
+_TRANSFER = _CROPS | {
+    "transfer.lr": (0.01,),
+    "transfer.weight_decay": (5e-4,),
+    "transfer.batch_size": (256,),
+    "transfer.augmentation": ("random crops",),
+}
 
 PUBLISHED = {
     "linear": Published(
@@ -90,9 +96,13 @@ PUBLISHED = {
         },
     ),
     "semisup": Published("ImageNet", tuple(SUBSETS.values()), 50_000, 1_000, _CROPS | _FINETUNE),
-    "transfer-places205": Published("Places-205", _exactly(2_448_873), 20_500, 205, {"epochs": (14,)}),
-    "transfer-inat18": Published("iNaturalist 2018", _exactly(437_513), 24_426, 8_142, {"epochs": (84,)}),
-    "voc07": Published("VOC 2007", _exactly(5_011), 4_952, 20, {}),
+    "transfer-places205": Published(
+        "Places-205", _exactly(2_448_873), 20_500, 205, _TRANSFER | {"transfer.epochs": (14,)}
+    ),
+    "transfer-inat18": Published(
+        "iNaturalist 2018", _exactly(437_513), 24_426, 8_142, _TRANSFER | {"transfer.epochs": (84,)}
+    ),
+    "voc07": Published("VOC 2007", _exactly(5_011), 4_952, 20, _CROPS),
     "detect-voc": Published(
         "VOC 2007+2012",
         _exactly(16_551),
