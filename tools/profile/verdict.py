@@ -131,8 +131,8 @@ def _copy(profile: Mapping[str, Any]) -> Verdict:
         what, change = f"Copying to the GPU limits{alone}", "data.loader=dali"
     return Verdict(
         "copy",
-        f"{what}; the step could take {advice.number(step)} pairs/s: set {change}, or see that the GPU has all "
-        f"its PCIe lanes.",
+        f"{what}; the step could take {advice.number(step)} pairs/s: set {change}, or see that the GPU "
+        f"has all its PCIe lanes.",
         change,
         max(1.0, step / _rate(profile)),
     )
@@ -149,12 +149,13 @@ def _collectives(profile: Mapping[str, Any], exposed: float) -> Verdict:
         if dearest is None
         else f", most of it for the {dearest} ({advice.number(1000 * seconds[dearest])} ms alone)"
     )
+    waited, whole = advice.number(1000 * exposed), advice.number(1000 * step)
     change = advice.for_collectives(profile["settings"], dearest)
     ratio = step / (step - exposed)
     return Verdict(
         "collectives",
-        f"Communication limits: {advice.number(1000 * exposed)} of {advice.number(1000 * step)} ms of a step are waiting for "
-        f"collectives{most}; without, the run could be {ratio:.2f} times as fast: {change}.",
+        f"Communication limits: {waited} of {whole} ms of a step are waiting for collectives{most}; "
+        f"without, the run could be {ratio:.2f} times as fast: {change}.",
         advice.first(change),
         ratio,
     )
