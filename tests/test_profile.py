@@ -11,6 +11,7 @@ import torch
 
 from pipelines.config import DataConfig
 from pipelines.source import open_source
+from tests.ranks.profiled import profile_tiny
 from tools.bench import timing
 from tools.bench.timing import PhaseTimer, endless
 from tools.profile import ceilings, run
@@ -100,14 +101,12 @@ def test_shares_add_up_to_the_step() -> None:
 
 @pytest.fixture(scope="module")
 def profile(config: RunConfig) -> tuple[dict, list[Progress], Path]:
-    """A profile of two steps, what it told meanwhile, and where it is; the run has a checkpoint."""
+    """A profile, what it told meanwhile, and where it is; the run has a checkpoint."""
     config.run_dir.mkdir()
     (config.run_dir / "checkpoint.pt").write_bytes(b"not to be touched")
     told: list[Progress] = []
     out = config.run_dir.parent / "new" / "folder"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ceilings, "STAGE_SECONDS", 0.02)
-        return profile_run(config, 2, out, told.append), told, out
+    return profile_tiny(config, out, on_progress=told.append), told, out
 
 
 def test_profile_splits_real_steps_into_phases_that_add_up(profile: tuple) -> None:

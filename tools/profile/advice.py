@@ -9,9 +9,9 @@ SIDE_PER_VIEW = 1.5  # shrunk images keep that many times the view's side, for c
 HOST_LEAD_SHARE = 0.05  # of a step: a host that is less ahead of the GPU holds it up
 
 
-def rate(pairs_per_second: float) -> str:
+def number(x: float) -> str:
     """1,900 or 8.21."""
-    return f"{pairs_per_second:,.0f}" if pairs_per_second >= 100 else f"{pairs_per_second:.3g}"
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def first(changes: str) -> str:
@@ -61,7 +61,7 @@ def _more_workers(profile: Mapping[str, Any]) -> str | None:
     all_of_them = "all of this machine's cores"
     if settings["ranks_per_host"] > 1:
         all_of_them = "this rank's share of the cores"
-    return f"data.workers={cores} ({all_of_them}, about {rate(reached)} pairs/s)"
+    return f"data.workers={cores} ({all_of_them}, about {number(reached)} pairs/s)"
 
 
 def _more_cores(profile: Mapping[str, Any]) -> str:

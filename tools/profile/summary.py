@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from tools.profile.advice import plural
 from tools.profile.ranks import own_seconds
 from tools.profile.result import EXPOSED, headline, shares
 
@@ -24,7 +25,7 @@ def _ceilings(profile: Mapping[str, Any]) -> Table:
     rows: list[Sequence[str]] = [("part, alone", "pairs/s", "cores", "GB/s")]
     for name, ceiling in profile["ceilings"].items():
         if name in _ON_THREADS:
-            name += f", {ceiling.get('threads', max(1, settings['workers']))} threads"
+            name += f", {plural(ceiling.get('threads', max(1, settings['workers'])), 'thread')}"
         if ceiling.get("cold") is False:
             name += " (from memory)"
         bytes_per_second = ceiling.get("bytes_per_second")

@@ -71,7 +71,7 @@ def _straggler(profile: Mapping[str, Any], straggler: Mapping[str, Any]) -> Verd
     return Verdict(
         "straggler",
         f"Rank {straggler['rank']} on {straggler['host']} holds up all others: its own part of a step is "
-        f"{1000 * straggler['excess_seconds']:.3g} ms ({straggler['slower']:.0%}) longer, and the "
+        f"{advice.number(1000 * straggler['excess_seconds'])} ms ({straggler['slower']:.0%}) longer, and the "
         f"likely cause is {cause}; {change}: the run could be {ratio:.2f} times as fast.",
         change,
         ratio,
@@ -91,21 +91,23 @@ def _feeding(profile: Mapping[str, Any]) -> Verdict:
     if loader >= step:
         return _sharing(profile, ratio)
     workers = advice.plural(max(1, settings["workers"]), "worker")
-    what = f"The loader {settings['loader']} limits: with {workers} it delivers {advice.rate(loader)} pairs/s"
+    what = (
+        f"The loader {settings['loader']} limits: with {workers} it delivers {advice.number(loader)} pairs/s"
+    )
     if limit != "loader":
         what = (
-            f"{_VERBS[limit]} limits: with {workers} it gives {advice.rate(stages[limit])} pairs/s alone, "
-            f"the whole loader {advice.rate(loader)}"
+            f"{_VERBS[limit]} limits: with {workers} it gives {advice.number(stages[limit])} pairs/s alone, "
+            f"the whole loader {advice.number(loader)}"
         )
     changes = advice.for_loading(profile, limit)
-    sentence = f"{what}; the step could take {advice.rate(step)}: {advice.join(changes)}."
+    sentence = f"{what}; the step could take {advice.number(step)}: {advice.join(changes)}."
     return Verdict(limit, sentence, advice.first(changes[0]), ratio)
 
 
 def _sharing(profile: Mapping[str, Any], ratio: float) -> Verdict:
     """Each is fast enough alone, but together the step waits."""
     settings, ceilings = profile["settings"], profile["ceilings"]
-    loader, step = (advice.rate(ceilings[name]["pairs_per_second"]) for name in ("loader", "step"))
+    loader, step = (advice.number(ceilings[name]["pairs_per_second"]) for name in ("loader", "step"))
     if settings["device"] == "cpu":
         cores = advice.plural(settings["cores"], "core")
         why, change = f"they share {cores}", "more cores"
@@ -122,15 +124,15 @@ def _sharing(profile: Mapping[str, Any], ratio: float) -> Verdict:
 
 def _copy(profile: Mapping[str, Any]) -> Verdict:
     copy, step = (profile["ceilings"].get(name, {}).get("pairs_per_second") for name in ("copy", "step"))
-    alone = "" if copy is None else f" (alone it does {advice.rate(copy)} pairs/s)"
+    alone = "" if copy is None else f" (alone it does {advice.number(copy)} pairs/s)"
     if profile["settings"]["loader"] == "dali":
         what, change = "Copying and decoding on the GPU limit", "data.dali.device=cpu"
     else:
         what, change = f"Copying to the GPU limits{alone}", "data.loader=dali"
     return Verdict(
         "copy",
-        f"{what}; the step could take {advice.rate(step)} pairs/s: set {change}, or see that the GPU has all "
-        f"its PCIe lanes.",
+        f"{what}; the step could take {advice.number(step)} pairs/s: set {change}, or see that the GPU "
+        f"has all its PCIe lanes.",
         change,
         max(1.0, step / _rate(profile)),
     )
@@ -143,14 +145,17 @@ def _collectives(profile: Mapping[str, Any], exposed: float) -> Verdict:
         seconds[row["what"]] = seconds.get(row["what"], 0.0) + row["count"] * row["seconds"]
     dearest = max(seconds, key=seconds.get, default=None)
     most = (
-        "" if dearest is None else f", most of it for the {dearest} ({1000 * seconds[dearest]:.3g} ms alone)"
+        ""
+        if dearest is None
+        else f", most of it for the {dearest} ({advice.number(1000 * seconds[dearest])} ms alone)"
     )
+    waited, whole = advice.number(1000 * exposed), advice.number(1000 * step)
     change = advice.for_collectives(profile["settings"], dearest)
     ratio = step / (step - exposed)
     return Verdict(
         "collectives",
-        f"Communication limits: {1000 * exposed:.3g} of {1000 * step:.3g} ms of a step are waiting for "
-        f"collectives{most}; without, the run could be {ratio:.2f} times as fast: {change}.",
+        f"Communication limits: {waited} of {whole} ms of a step are waiting for collectives{most}; "
+        f"without, the run could be {ratio:.2f} times as fast: {change}.",
         advice.first(change),
         ratio,
     )
@@ -166,12 +171,12 @@ def _step(profile: Mapping[str, Any], phases: Mapping[str, float]) -> Verdict:
     change = advice.for_step(profile, limit)
     what = "Distorting the views limits" if limit == "augment" else "The step limits"
     most = f"most of it is {longest}, {share:.0%}"
-    spare = f"the loader could deliver {advice.rate(loader)}"
+    spare = f"the loader could deliver {advice.number(loader)}"
     if loader < step:
-        spare = f"the loader alone delivers {advice.rate(loader)}, but not beside the step"
+        spare = f"the loader alone delivers {advice.number(loader)}, but not beside the step"
     return Verdict(
         limit,
-        f"{what}: alone it takes {advice.rate(step)} pairs/s ({most}), and {spare}: "
+        f"{what}: alone it takes {advice.number(step)} pairs/s ({most}), and {spare}: "
         f"{change or 'nothing but faster or more devices would help'}.",
         change and advice.first(change),
         max(1.0, loader / _rate(profile)),
