@@ -65,13 +65,14 @@ def profile_run(
 
     First each part alone:
     1. the stages of loading
-    2. the step, on synthetic batches that are ready beforehand, and what the device reaches at best
+    2. the step, on synthetic batches that are ready beforehand
     3. the collectives of that step, with several ranks
     4. the loader as a whole
     Then
     5. the real thing: loader and step together, each step split into phases, while the machine's use is
        sampled
-    6. some more steps under torch's profiler, which slows them down
+    6. what the device reaches at best, and some steps alone under torch's profiler, which slows them down;
+       each rank writes a trace of its own
     7. the verdict and the files
 
     2, 4 and 5 measure `steps` steps after a warm-up. That of 4 and 5 also takes away what the loader has
@@ -95,8 +96,6 @@ def profile_run(
             train_step = TrainStep(config, network, loader.steps_per_epoch, mark=splitter.mark)
             ready = _ready_batches(config, world)
             alone, ceilings["step"] = _step_ceiling(splitter, train_step, ready, steps, batch, tell)  # 2
-            tell("what the device can reach")
-            peaks = measure_peaks(world.device, config.train.precision)
 
             collectives = []
             if world.size > 1:
@@ -115,11 +114,13 @@ def profile_run(
                         tell("loader and step together", done, steps)
                 split = splitter.split()
 
-                tell("a trace of the steps")  # 6
-                trace = out / (f"trace-{world.rank}.json.gz" if world.size > 1 else "trace.json.gz")
-                kernels = trace_steps(
-                    lambda: train_step(next(stream), 0), TRACED_STEPS, world.device, trace, peaks
-                )
+        tell("what the device can reach, and kernels")  # 6
+        world.gather(None)
+        peaks = measure_peaks(world.device, config.train.precision)
+        splitter.take()  # stops the clock
+        trace = out / ("trace.json.gz" if world.size == 1 else f"trace-rank{world.rank}.json.gz")
+        traced = min(steps, TRACED_STEPS)
+        kernels = trace_steps(lambda: train_step(next(ready), 0), traced, world.device, trace, peaks)
 
         profile = {
             "environment": describe_environment(world.device),
