@@ -216,6 +216,7 @@ def test_share_of_the_peaks(traced: dict[str, Any]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_kernels_of_a_gpu(tmp_path: Path) -> None:
     traced = trace_all(GPU, tmp_path)
     assert sum(traced["shares"].values()) == pytest.approx(1)

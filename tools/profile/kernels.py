@@ -84,8 +84,8 @@ def trace_steps(
     shares           of each kind in the time of all kernels; on a CPU in the operators' own time. Phases and
                      other annotations are none.
     rows             the dearest kernels, {kind, name, seconds, flop, bytes, calls} of one step. Flop is None
-                     for kernels of which torch counts none: it counts convolutions and products. Bytes is None
-                     where torch's dispatcher does not see the operator, as with Triton kernels of our own.
+                     for kernels of which torch counts none: it counts convolutions and products. Bytes is
+                     None where torch's dispatcher does not see the operator, as with our own Triton kernels.
     flop_per_step    as `FlopCounterMode` counts; None if it saw nothing, as where a CUDA graph is replayed.
     bytes_per_step   operands of the operators that the dispatcher sees, read once, and results, written once;
                      views cost nothing. What goes through a cache twice, and work space, is not in it. None
