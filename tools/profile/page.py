@@ -1,6 +1,6 @@
 """A profile as one page to look at: verdict first, then what it rests on."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +91,17 @@ def _kernels(kernels: Mapping[str, Any], peaks: Mapping[str, Any]) -> Section:
         [
             Picture(shares_png(kernels["shares"]), "Each kind's share of kernel time as a bar"),
             Picture(
-                roofline_png(kernels["rows"], peaks),
+                roofline_png(_by_kind(kernels["rows"]), peaks),
                 "Operations per byte against operations per second, under the two measured roofs",
             ),
         ],
         table=rows,
     )
+
+
+def _by_kind(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    kinds = dict.fromkeys(row["kind"] for row in rows)
+    return {kind: [row for row in rows if row["kind"] == kind] for kind in kinds}
 
 
 def _utilisation(utilisation: Mapping[str, Any]) -> Section:
