@@ -14,7 +14,7 @@ from torch.profiler import record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 from tools import figures_profile
-from tools.figures import _png
+from tools.figures import png_of
 from tools.figures_profile import KIND_COLOURS, roofline_png
 from tools.profile import kernels
 from tools.profile.kernels import KINDS, kind_of, trace_steps
@@ -238,7 +238,7 @@ def test_roofline_shows_kernels_with_both_counts(
     traced: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = []
-    monkeypatch.setattr(figures_profile, "_png", lambda figure: drawn.append(figure) or _png(figure))
+    monkeypatch.setattr(figures_profile, "png_of", lambda figure: drawn.append(figure) or png_of(figure))
     by_kind = {kind: [row for row in traced["rows"] if row["kind"] == kind] for kind in KINDS}
     assert tuple(KIND_COLOURS) == KINDS
     assert roofline_png(by_kind, PEAKS).startswith(b"\x89PNG")
