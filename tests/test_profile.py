@@ -1,5 +1,7 @@
 """The profile measures what it says it measures."""
 
+import gzip
+import html
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -135,6 +137,7 @@ def test_profile_measures_each_part_alone_and_tells_which(profile: tuple) -> Non
         "the step alone",
         "the loader alone",
         "loader and step together",
+        "what the device can reach, and kernels",
     ]
 
 
@@ -142,6 +145,10 @@ def test_profile_writes_its_files_and_leaves_the_checkpoint_alone(config: RunCon
     result, _, out = profile
     assert read_json(out / "profile.json") == json.loads(json.dumps(result)) == result
     assert (out / "profile.png").read_bytes().startswith(b"\x89PNG")
+    assert result["verdict"]["sentence"] in html.unescape((out / "report.html").read_text())
+    assert json.loads(gzip.decompress((out / result["kernels"]["trace"]).read_bytes()))["traceEvents"]
+    assert sum(result["kernels"]["shares"].values()) == pytest.approx(1)
+    assert result["utilisation"]["samples"] > 0 and result["peaks"]["flops"] > 0
     (checkpoint,) = config.run_dir.iterdir()
     assert checkpoint.read_bytes() == b"not to be touched"
     assert headline(result).endswith(f"{result['run']['pairs_per_second']:.1f} pairs/s")
@@ -272,7 +279,10 @@ def test_batches_made_ahead_do_not_pass_for_speed(
     monkeypatch.setattr(run, "TrainStep", build_step)
     monkeypatch.setattr(run, "stage_ceilings", lambda config, world: ({}, None))
     monkeypatch.setattr(run, "_loss_algorithm", lambda config, world, step: "gram")
-    monkeypatch.setattr(run, "write_profile", lambda profile, out: None)
+    monkeypatch.setattr(run, "measure_peaks", lambda device, precision: None)
+    monkeypatch.setattr(run, "trace_steps", lambda *arguments: None)
+    for write in ("write_profile", "write_page"):
+        monkeypatch.setattr(run, write, lambda profile, out: None)
     data = config.data.model_copy(update={"prefetch": prefetch, "workers": workers})
     config = config.model_copy(update={"data": data})
 

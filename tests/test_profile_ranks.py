@@ -91,4 +91,5 @@ def test_first_rank_tells_of_progress_and_writes_the_files(
     assert [progress.part for progress in told].count("the collectives alone") == 2
     for cause in profiles:
         names = {path.name for path in (config.run_dir.parent / cause).iterdir()}
-        assert names == {"profile.json", "profile.png"}
+        traces = {"trace-rank0.json.gz", "trace-rank1.json.gz"}
+        assert names == {"profile.json", "profile.png", "report.html", *traces}

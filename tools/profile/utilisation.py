@@ -1,6 +1,5 @@
 """How busy cores and GPU are while something runs, sampled by a thread beside it."""
 
-import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,8 @@ class Sampler:
 
     def __init__(self, device: torch.device, seconds: float = SECONDS) -> None:
         self._device, self._seconds = device, seconds
-        self._cores = sorted(os.sched_getaffinity(0))
+        self._process = psutil.Process()
+        self._cores = self._process.cpu_affinity()
         self._gpu_samples: list[dict[str, Any]] = []
         self._cpu_samples: list[list[float]] = []
         self._times: list[float] = []
@@ -40,8 +40,6 @@ class Sampler:
     def __enter__(self) -> "Sampler":
         if self._device.type == "cuda":
             self._gpu = self._open_gpu()
-        psutil.cpu_percent(percpu=True)  # the first call only begins
-        self._process = psutil.Process()
         self._threads, self._began = _thread_seconds(self._process), time.monotonic()
         self._thread.start()
         return self
@@ -49,7 +47,6 @@ class Sampler:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._sample()  # so that there is one, however short the block was
         self._done.set()
         self._thread.join()
         elapsed = time.monotonic() - self._began
@@ -84,8 +81,10 @@ class Sampler:
             return None
 
     def _run(self) -> None:
+        psutil.cpu_percent(percpu=True)  # a thread's first call only begins
         while not self._done.wait(self._seconds):
             self._sample()
+        self._sample()  # so that there is one, however short the block was
 
     def _sample(self) -> None:
         shares = psutil.cpu_percent(percpu=True)
