@@ -29,7 +29,14 @@ LINEAR = {
     "protocol": "linear",
     "settings": {
         "features": {"image_size": 224, "resize": 256, "batch_size": 64},
-        "linear": {"epochs": 100, "batch_size": 256, "lr": 0.3, "weight_decay": 1e-6, "seed": 0},
+        "linear": {
+            "epochs": 100,
+            "batch_size": 256,
+            "lr": 0.3,
+            "weight_decay": 1e-6,
+            "augmentation": "random crops",
+            "seed": 0,
+        },
     },
     "data": IMAGENET,
     "figures": {"top1": 0.7216, "top5": 0.9},

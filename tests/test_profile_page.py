@@ -151,6 +151,47 @@ def test_what_differs_between_two_profiles_is_named() -> None:
     assert "different sizes" in comparison_sentence(compare(PROFILE, after))
 
 
+def test_use_of_the_machine_is_compared() -> None:
+    before, after = copy.deepcopy(PROFILE | MORE), copy.deepcopy(PROFILE | MORE)
+    after["utilisation"]["cpu"]["busiest_thread"] = 0.25
+    after["utilisation"]["gpu"] |= {"kernel_ran": 0.5, "sm_active": 0.4}
+    result = compare(before, after)
+    assert result["use"] == {
+        "products of the measured peak": (0.175, 0.175),
+        "some kernel ran": (0.98, 0.5),
+        "multiprocessors at work": (None, 0.4),
+        "cores": (0.5, 0.5),
+        "the busiest thread": (0.99, 0.25),
+    }
+    rows = dict(comparison_tables(result))["In use, mean over the run"]
+    assert ("multiprocessors at work", "-", "40.0%") in rows
+    assert compare(PROFILE, PROFILE)["use"] == {}
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("run", "pairs_per_second"), None),
+        (("run", "pairs_per_second"), 0),
+        (("run", "phases"), [1]),
+        (("ceilings", "step"), 3.0),
+        (("verdict",), "fast"),
+        (("settings",), None),
+        (("kernels",), {"shares": 1}),
+    ],
+)
+def test_files_with_a_profiles_names_but_not_its_figures_are_refused(path: tuple, value: object) -> None:
+    profile = copy.deepcopy(PROFILE)
+    part = profile
+    for name in path[:-1]:
+        part = part[name]
+    part[path[-1]] = value
+    with pytest.raises(TrainingError, match=r"^The first file is not a whole profile; [^\n]*\.$"):
+        compare(profile, PROFILE)
+
+
 def test_files_that_are_no_profiles_are_refused() -> None:
+    with pytest.raises(TrainingError, match=r"^The first file is not a profile, as it lacks 'p90'; .*\.$"):
+        compare(PROFILE | {"run": PROFILE["run"] | {"step_seconds_percentiles": {"p10": 0.1}}}, PROFILE)
     with pytest.raises(TrainingError, match=r"^The second file is not a profile, as it lacks 'run'; .*\.$"):
         compare(PROFILE, {name: part for name, part in PROFILE.items() if name != "run"})

@@ -93,6 +93,7 @@ PUBLISHED = {
             "linear.batch_size": (256,),
             "linear.lr": (0.3,),
             "linear.weight_decay": (1e-6,),
+            "linear.augmentation": ("random crops",),
         },
     ),
     "semisup": Published("ImageNet", tuple(SUBSETS.values()), 50_000, 1_000, _CROPS | _FINETUNE),

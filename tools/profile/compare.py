@@ -6,7 +6,6 @@ from typing import Any
 from train.errors import TrainingError
 
 Table = tuple[str, list[tuple[str, ...]]]
-PARTS = "settings", "environment", "ceilings", "run", "verdict"
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
@@ -16,44 +15,74 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, An
       times of one lie wholly beside those of the other
     - `phases` and `ceilings`: by name the figures of both (seconds; pairs/s), None where one has no such part
     - `kernels`: by kind the share of kernel time
+    - `use`: how much of the device and of the cores was in use; shares
     - `changed`: settings and versions that differ
     - `verdicts`: both sentences
 
     Raises `TrainingError` where one of them is no profile.
     """
-    for name, profile in (("first", before), ("second", after)):
-        missing = [part for part in PARTS if not isinstance(profile.get(part), Mapping)]
-        if missing:
-            raise TrainingError(
-                f"The {name} file is not a profile, as it lacks {missing[0]!r}; give a profile.json that "
-                "fastbarlow profile wrote."
-            )
-    runs = before["run"], after["run"]
-    rates = [run["pairs_per_second"] for run in runs]
-    spreads = [run["step_seconds_percentiles"] for run in runs]
-    apart = spreads[0]["p90"] < spreads[1]["p10"] or spreads[1]["p90"] < spreads[0]["p10"]
-    same_batch = before["settings"]["batch_size"] == after["settings"]["batch_size"]
+    first, second = _compared("first", before), _compared("second", after)
+    is_apart = first["p90"] < second["p10"] or second["p90"] < first["p10"]
     return {
         "speed": {
-            "before": rates[0],
-            "after": rates[1],
-            "ratio": rates[1] / rates[0],
+            "before": first["rate"],
+            "after": second["rate"],
+            "ratio": second["rate"] / first["rate"],
             # Steps of unequal batches take unequal times anyhow.
-            "is_beyond_spread": apart if same_batch else None,
+            "is_beyond_spread": is_apart if first["batch_size"] == second["batch_size"] else None,
         },
-        "phases": _both(runs[0]["phases"], runs[1]["phases"]),
-        "ceilings": _both(
-            *({n: c["pairs_per_second"] for n, c in p["ceilings"].items()} for p in (before, after))
-        ),
-        "kernels": _both(*((p.get("kernels") or {}).get("shares", {}) for p in (before, after))),
+        **{part: _both(first[part], second[part]) for part in ("phases", "ceilings", "kernels", "use")},
         "changed": {
-            name: pair
-            for part in ("settings", "environment")
-            for name, pair in _both(before[part], after[part]).items()
-            if pair[0] != pair[1]
+            name: pair for name, pair in _both(first["set"], second["set"]).items() if pair[0] != pair[1]
         },
-        "verdicts": [before["verdict"]["sentence"], after["verdict"]["sentence"]],
+        "verdicts": [first["verdict"], second["verdict"]],
     }
+
+
+def _compared(which: str, profile: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of a profile that are compared."""
+    advice = "give a profile.json that fastbarlow profile wrote."
+    try:
+        run, kernels = profile["run"], profile.get("kernels") or {}
+        spread = run["step_seconds_percentiles"]
+        return {
+            "rate": _positive(run["pairs_per_second"]),
+            "p10": _positive(spread["p10"]),
+            "p90": _positive(spread["p90"]),
+            "batch_size": profile["settings"]["batch_size"],
+            "phases": {name: float(seconds) for name, seconds in run["phases"].items()},
+            "ceilings": {name: float(part["pairs_per_second"]) for name, part in profile["ceilings"].items()},
+            "kernels": dict(kernels.get("shares") or {}),
+            "use": _use(kernels, profile.get("utilisation") or {}),
+            "set": {**profile["settings"], **profile["environment"]},
+            "verdict": profile["verdict"]["sentence"],
+        }
+    except KeyError as error:
+        raise TrainingError(f"The {which} file is not a profile, as it lacks {error}; {advice}") from error
+    except (AttributeError, TypeError, ValueError) as error:
+        raise TrainingError(f"The {which} file is not a whole profile; {advice}") from error
+
+
+def _positive(value: Any) -> float:
+    if not float(value) > 0:
+        raise ValueError(value)
+    return float(value)
+
+
+def _use(kernels: Mapping[str, Any], utilisation: Mapping[str, Any]) -> dict[str, float]:
+    cpu, gpu = (utilisation.get(part) or {} for part in ("cpu", "gpu"))
+    figures = {
+        "products of the measured peak": kernels.get("mfu"),
+        "memory bandwidth of the measured peak": kernels.get("bandwidth_share"),
+        "some kernel ran": gpu.get("kernel_ran"),
+        "multiprocessors at work": gpu.get("sm_active"),
+        "tensor cores at work": gpu.get("tensor_active"),
+        "GPU memory at work": gpu.get("dram_active"),
+        "slowed down by power or heat": gpu.get("throttled"),
+        "cores": cpu.get("mean"),
+        "the busiest thread": cpu.get("busiest_thread"),
+    }
+    return {name: float(value) for name, value in figures.items() if value is not None}
 
 
 def comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
@@ -71,10 +100,10 @@ def comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
     for name, (a, b) in comparison["phases"].items():
         rows.append((name, _cell(a, ".2f", 1000), _cell(b, ".2f", 1000), _change(a, b)))
     tables.append(("Phases of a step, ms", rows))
-    if comparison["kernels"]:
-        rows = [head[:3]]
-        rows += [(name, _cell(a, ".1%"), _cell(b, ".1%")) for name, (a, b) in comparison["kernels"].items()]
-        tables.append(("Shares of kernel time", rows))
+    for part, title in (("kernels", "Shares of kernel time"), ("use", "In use, mean over the run")):
+        rows = [(name, _cell(a, ".1%"), _cell(b, ".1%")) for name, (a, b) in comparison[part].items()]
+        if rows:
+            tables.append((title, [head[:3], *rows]))
     if comparison["changed"]:
         rows = [head[:3]]
         rows += [
@@ -97,7 +126,7 @@ def comparison_sentence(comparison: Mapping[str, Any]) -> str:
 
 
 def _both(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    return {name: (before.get(name), after.get(name)) for name in before | after}
+    return {name: (before.get(name), after.get(name)) for name in {**before, **after}}
 
 
 def _cell(value: float | None, form: str, factor: float = 1) -> str:
