@@ -52,6 +52,7 @@ NAMES = {
         "aten::add_",
         "aten::relu",
         "aten::_foreach_mul_",
+        "aten::_fused_sgd_",
         "aten::threshold_backward",
     ],
     "matrix products": [

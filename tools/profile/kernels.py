@@ -48,6 +48,7 @@ _PATTERNS = (
         r"|^_(column_moments|merge_splits|inner_and_cast|terms|column_reduction|embedding_gradients)_kernel"
         r"|^(recolour|box_weights|blur_rows)_kernel",
     ),
+    (NORM, r"^aten::_fused_(sgd|adam|adamw|adagrad)_"),
     (NORM, r"elementwise|reduce_kernel|multi_tensor_apply|pointwise|scalePackedTensor|op_tensor"),
     (
         NORM,

@@ -80,6 +80,8 @@ def _kernels(kernels: Mapping[str, Any], peaks: Mapping[str, Any]) -> Section:
         for key, what in (("mfu", "products"), ("bandwidth_share", "memory bandwidth"))
         if kernels.get(key) is not None
     ]
+    cover = kernels.get("bytes_cover")
+    known = "" if cover is None else f" Bytes are known, and counted, for {cover:.0%} of the kernel time."
     trace = (
         f" The steps themselves are in {kernels['trace']}, for ui.perfetto.dev." if kernels["trace"] else ""
     )
@@ -87,7 +89,7 @@ def _kernels(kernels: Mapping[str, Any], peaks: Mapping[str, Any]) -> Section:
         "What the time is spent on",
         f"Shares of kernel time by kind of work{'; a step uses ' if use else ''}{' and '.join(use)}. "
         f"Measured peaks: {peaks['flops'] / 1e12:.3g} TFLOP/s in {peaks['precision']}, "
-        f"{peaks['bytes_per_second'] / 1e9:.3g} GB/s.{trace}",
+        f"{peaks['bytes_per_second'] / 1e9:.3g} GB/s.{known}{trace}",
         [
             Picture(shares_png(kernels["shares"]), "Each kind's share of kernel time as a bar"),
             Picture(
