@@ -1,14 +1,17 @@
 """What the machine was doing is read from the right GPU, and missing figures stay missing."""
 
 import ctypes
+import threading
 import time
 from types import SimpleNamespace
 
+import psutil
 import pynvml
 import pytest
 import torch
 
-from tools.profile.nvml import GpuCounters
+from tools.profile import nvml
+from tools.profile.nvml import GPM_SECONDS, GpuCounters
 from tools.profile.utilisation import Sampler, warnings_of
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -21,12 +24,17 @@ def address(sample: pynvml.c_nvmlGpmSample_t) -> int:
     return ctypes.addressof(sample.contents)
 
 
+def refuse(*arguments: object) -> None:
+    raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A GPU behind the real module's names, with GPM; `asked` are the calls that it has had."""
+    """A GPU behind the real module's names, with GPM; `asked` are the calls it has had, `now` its time."""
     gpu = SimpleNamespace(
-        has_gpm=True, asked=[], between=[], kernel=98, reasons=pynvml.nvmlClocksEventReasonSwPowerCap
+        has_gpm=True, asked=[], between=[], kernel=98, reasons=pynvml.nvmlClocksEventReasonSwPowerCap, now=0.0
     )
+    monkeypatch.setattr(nvml, "time", SimpleNamespace(monotonic=lambda: gpu.now))
 
     def play(name: str, answer: object) -> None:
         assert hasattr(pynvml, name)
@@ -43,9 +51,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         for metric in request.metrics[: request.numMetrics]:
             metric.nvmlReturn = 0 if metric.metricId in METRICS else pynvml.NVML_ERROR_NOT_SUPPORTED
             metric.value = METRICS.get(metric.metricId, 0.0)
-
-    def refuse(*arguments: object) -> None:
-        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
     def by_uuid(uuid: str) -> str:
         if uuid != f"GPU-{UUID}":
@@ -73,6 +78,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_gpu_is_found_by_its_uuid_and_tells_what_it_can(gpu: SimpleNamespace) -> None:
     counters = GpuCounters(GPU)
+    gpu.now = 1.0
     found = counters.read()
     assert found == {
         "kernel_ran": 0.98,
@@ -91,11 +97,91 @@ def test_gpu_is_found_by_its_uuid_and_tells_what_it_can(gpu: SimpleNamespace) ->
 
 def test_each_reading_is_of_the_time_since_the_one_before(gpu: SimpleNamespace) -> None:
     counters = GpuCounters(GPU)
-    counters.read()
-    counters.read()
+    for gpu.now in (1.0, 2.0):
+        counters.read()
     first, second, third = (address(args[1]) for name, args in gpu.asked if name == "nvmlGpmSampleGet")
     assert first == third != second  # the older of the two is what the next one replaces
     assert gpu.between == [(first, second), (second, third)]
+
+
+def test_gpm_is_not_asked_sooner_than_it_can_tell(gpu: SimpleNamespace) -> None:
+    counters = GpuCounters(GPU)
+    gpu.now = 0.9 * GPM_SECONDS
+    assert "sm_active" not in counters.read() and not gpu.between
+    gpu.now = 1.1 * GPM_SECONDS
+    assert counters.read()["sm_active"] == 0.35 and len(gpu.between) == 1
+
+
+def test_a_gpu_that_lets_nobody_read_gpm_tells_the_rest(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pynvml, "nvmlGpmSampleGet", refuse)
+    counters = GpuCounters(GPU)
+    gpu.now = 1.0
+    assert not counters.has_gpm and counters.read()["power_watts"] == 312.0
+    assert [name for name, _ in gpu.asked].count("nvmlGpmSampleFree") == 2
+
+
+def test_throttling_is_asked_by_the_older_name_too_and_is_not_denied_where_it_is_unknown(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksEventReasons", refuse)
+    reasons = pynvml.nvmlClocksThrottleReasonHwThermalSlowdown
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksThrottleReasons", lambda handle: reasons)
+    with Sampler(GPU) as sampler:
+        pass
+    figures = sampler.summary()["gpu"]
+    assert (figures["throttle_reasons"], figures["throttled"]) == (["heat"], 1)
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksThrottleReasons", refuse)
+    with Sampler(GPU) as sampler:
+        pass
+    assert not {"throttle_reasons", "throttled"} & sampler.summary()["gpu"].keys()
+
+
+def test_one_thread_alone_asks_and_a_figure_once_missing_leaves_a_gap(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers, readings = [], iter([{"kernel_ran": 0.5, "sm_active": 0.2}, {"kernel_ran": 0.7}])
+
+    def read(counters: GpuCounters) -> dict[str, float]:
+        readers.append(threading.get_ident())
+        return next(readings, {"kernel_ran": 0.9, "sm_active": 0.4})
+
+    monkeypatch.setattr(GpuCounters, "read", read)
+    with Sampler(GPU, seconds=0.001) as sampler:
+        while len(readers) < 3:
+            time.sleep(0.001)
+    assert len(set(readers)) == 1 and threading.get_ident() not in readers
+    assert sampler.summary()["timeline"]["sm_active"][:3] == [0.2, None, 0.4]
+
+
+def test_the_first_sample_counts_as_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[threading.Thread] = []
+
+    def cpu_percent(*, percpu: bool) -> list[float]:
+        """Of a busy machine, as psutil: since the last call of the same thread, so 0 at the first one."""
+        asked.append(threading.current_thread())
+        share = 100.0 if asked.count(asked[-1]) > 1 else 0.0
+        return [share] * psutil.cpu_count()
+
+    monkeypatch.setattr(psutil, "cpu_percent", cpu_percent)
+    with Sampler(CPU, seconds=0.001) as sampler:
+        while len(asked) < 4:
+            time.sleep(0.001)
+    assert sampler.summary()["cpu"]["mean"] == 1
+
+
+def test_a_warm_up_is_forgotten() -> None:
+    with Sampler(CPU, seconds=1000.0) as sampler:
+        until = time.process_time() + 0.1
+        while time.process_time() < until:
+            sampler._sample()
+        sampler.clear()
+        time.sleep(0.1)
+    summary = sampler.summary()
+    assert summary["samples"] == 1
+    assert summary["cpu"]["busiest_thread"] < 0.5
 
 
 def test_without_gpm_the_sampler_says_that_little_is_known(gpu: SimpleNamespace) -> None:
@@ -124,7 +210,7 @@ def test_without_a_driver_there_is_a_sentence_and_the_cpus_figures(monkeypatch: 
 
 
 def test_a_busy_thread_shows() -> None:
-    with Sampler(CPU, seconds=0.02) as sampler:
+    with Sampler(CPU, seconds=0.05) as sampler:
         until = time.process_time() + 0.2
         while time.process_time() < until:
             pass
@@ -140,7 +226,11 @@ def test_a_busy_thread_shows() -> None:
         ({"kernel_ran": 0.98}, IDLE, "98% of the time, which does not say"),
         ({"kernel_ran": 0.98, "sm_active": 0.2}, IDLE, "only 20% of the multiprocessors"),
         ({"kernel_ran": 0.9, "sm_active": 0.9, "tensor_active": 0.01}, IDLE, "train.precision"),
-        ({"sm_active": 0.9, "throttle_reasons": ["heat", "power"]}, IDLE, "because of heat, power"),
+        (
+            {"sm_active": 0.9, "throttled": 0.25, "throttle_reasons": ["heat", "power"]},
+            IDLE,
+            "for 25% of the time because of heat, power",
+        ),
         ({"sm_active": 0.9, "sm_clock_mhz": 1000, "max_sm_clock_mhz": 1980}, IDLE, "1000 MHz of 1980"),
         (None, {"per_core": [0.2] * 8, "mean": 0.2, "busiest_thread": 0.99}, "One thread was busy for 99%"),
     ],

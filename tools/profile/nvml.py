@@ -1,6 +1,7 @@
 """What NVIDIA's management library knows of a GPU at work, and GPM's counters where the GPU has them."""
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,10 +21,11 @@ GPM = {
     "tensor_active": "ANY_TENSOR_UTIL",
     "dram_active": "DRAM_BW_UTIL",
 }
+GPM_SECONDS = 0.1  # which NVIDIA's manual of nvmlGpmMetricsGet asks for between two samples, and more
 
 
 class GpuCounters:
-    """One GPU's counters; `read` gives what they say since the last call.
+    """One GPU's counters; `read` gives what they say since the last call. For one thread at a time.
 
     The GPU is found by its UUID, since NVML's numbers ignore CUDA_VISIBLE_DEVICES. Raises
     `pynvml.NVMLError` where there is no driver or the GPU is not found.
@@ -38,6 +40,7 @@ class GpuCounters:
             uuid = str(torch.cuda.get_device_properties(device).uuid)
             self._gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
             self._samples = self._gpm_samples()
+            self._sampled_at = time.monotonic()
         except BaseException:
             pynvml.nvmlShutdown()
             raise
@@ -47,7 +50,10 @@ class GpuCounters:
         return bool(self._samples)
 
     def read(self) -> dict[str, Any]:
-        """Shares of 1, watts, MHz, bytes, a list of throttle reasons; what is not to be had is missing."""
+        """Shares of 1, watts, MHz, bytes, a list of throttle reasons; what is not to be had is missing.
+
+        So are GPM's figures within `GPM_SECONDS` of the last ones; the next ones cover that time, too.
+        """
         nvml, gpu = self._nvml, self._gpu
         found = {
             "kernel_ran": self._ask(lambda: nvml.nvmlDeviceGetUtilizationRates(gpu).gpu / 100),
@@ -58,14 +64,17 @@ class GpuCounters:
             "memory_bytes": self._ask(lambda: nvml.nvmlDeviceGetMemoryInfo(gpu).used),
             "throttle_reasons": self._ask(self._throttle_reasons),
         }
-        if self._samples:
+        if self._samples and time.monotonic() - self._sampled_at > GPM_SECONDS:
             found |= self._ask(self._gpm_metrics) or {}
         return {name: value for name, value in found.items() if value is not None}
 
     def close(self) -> None:
-        for sample in self._samples:
-            self._ask(lambda sample=sample: self._nvml.nvmlGpmSampleFree(sample))
+        self._free(self._samples)
         self._nvml.nvmlShutdown()
+
+    def _free(self, samples: list[Any]) -> None:
+        for sample in samples:
+            self._ask(lambda sample=sample: self._nvml.nvmlGpmSampleFree(sample))
 
     def _ask(self, question: Callable[[], Any]) -> Any:
         """None where this GPU or driver does not answer it."""
@@ -75,7 +84,9 @@ class GpuCounters:
             return None
 
     def _throttle_reasons(self) -> list[str]:
-        bits = self._nvml.nvmlDeviceGetCurrentClocksEventReasons(self._gpu)
+        bits = self._ask(lambda: self._nvml.nvmlDeviceGetCurrentClocksEventReasons(self._gpu))
+        if bits is None:  # older drivers know only the older name
+            bits = self._nvml.nvmlDeviceGetCurrentClocksThrottleReasons(self._gpu)
         names = {
             word
             for name, word in THROTTLES.items()
@@ -84,12 +95,17 @@ class GpuCounters:
         return sorted(names)
 
     def _gpm_samples(self) -> list[Any]:
-        """The last sample and the next, or none where the GPU has no GPM."""
+        """The last sample and the next, or none where the GPU has no GPM or lets nobody read it."""
         support = self._ask(lambda: self._nvml.nvmlGpmQueryDeviceSupport(self._gpu))
         if support is None or not support.isSupportedDevice:
             return []
-        samples = [self._nvml.nvmlGpmSampleAlloc() for _ in range(2)]
-        self._nvml.nvmlGpmSampleGet(self._gpu, samples[0])
+        samples: list[Any] = []
+        try:
+            samples += [self._nvml.nvmlGpmSampleAlloc() for _ in range(2)]
+            self._nvml.nvmlGpmSampleGet(self._gpu, samples[0])
+        except self._nvml.NVMLError:
+            self._free(samples)
+            return []
         return samples
 
     def _gpm_metrics(self) -> dict[str, float]:
@@ -103,7 +119,7 @@ class GpuCounters:
         for place, name in enumerate(GPM.values()):
             request.metrics[place].metricId = getattr(nvml, f"NVML_GPM_METRIC_{name}")
         nvml.nvmlGpmMetricsGet(request)
-        self._samples = [current, last]
+        self._samples, self._sampled_at = [current, last], time.monotonic()
         metrics = zip(GPM, request.metrics, strict=False)
         return {
             name: metric.value / 100

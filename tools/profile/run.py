@@ -111,6 +111,8 @@ def profile_run(
 
                 with Sampler(world.device) as sampler:
                     for done in splitter.run(train_step, stream, steps, to_drop=warmup):  # 5
+                        if not done:
+                            sampler.clear()  # the device has stood still in the warm-up
                         tell("loader and step together", done, steps)
                 split = splitter.split()
 

@@ -12,14 +12,14 @@ import torch
 
 from tools.profile.nvml import GpuCounters
 
-SECONDS = 0.1
+SECONDS = 0.1  # no less than GPM's figures take
 MAX_POINTS = 200  # of the series that are drawn
 HIGH, LOW = 0.8, 0.4  # shares that count as busy, and as hardly busy
 LOW_CLOCK = 0.8  # of the highest clock
 
 
 class Sampler:
-    """Samples while the block runs; ask for `summary` afterwards.
+    """Samples every `seconds` while the block runs; ask for `summary` afterwards. `clear` forgets a warm-up.
 
     CPU figures are of the cores this process may use and of all that runs on them; the busiest thread is one
     of this process. A CPU's memory bandwidth can not be read without privileges and is not guessed.
@@ -32,6 +32,7 @@ class Sampler:
         self._gpu_samples: list[dict[str, Any]] = []
         self._cpu_samples: list[list[float]] = []
         self._times: list[float] = []
+        self._lock = threading.Lock()  # of the three lists
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="utilisation", daemon=True)
         self._gpu: GpuCounters | None = None
@@ -40,7 +41,7 @@ class Sampler:
     def __enter__(self) -> "Sampler":
         if self._device.type == "cuda":
             self._gpu = self._open_gpu()
-        self._threads, self._began = _thread_seconds(self._process), time.monotonic()
+        self.clear()
         self._thread.start()
         return self
 
@@ -55,6 +56,13 @@ class Sampler:
         self._busiest = busiest / elapsed
         if self._gpu is not None:
             self._gpu.close()
+
+    def clear(self) -> None:
+        """Forget all samples so far."""
+        with self._lock:
+            for samples in (self._gpu_samples, self._cpu_samples, self._times):
+                samples.clear()
+            self._threads, self._began = _thread_seconds(self._process), time.monotonic()
 
     def summary(self) -> dict[str, Any]:
         """Means over the block: `gpu` (None without one), `cpu`, `warnings` (sentences), `timeline`."""
@@ -81,24 +89,27 @@ class Sampler:
             return None
 
     def _run(self) -> None:
-        psutil.cpu_percent(percpu=True)  # a thread's first call only begins
+        psutil.cpu_percent(percpu=True)  # the first call of each thread only begins
         while not self._done.wait(self._seconds):
             self._sample()
-        self._sample()  # so that there is one, however short the block was
+        if not self._times:
+            self._sample()  # so that there is one, however short the block was
 
     def _sample(self) -> None:
         shares = psutil.cpu_percent(percpu=True)
-        self._cpu_samples.append([shares[core] / 100 for core in self._cores])
-        self._times.append(time.monotonic() - self._began)
-        if self._gpu is not None:
-            self._gpu_samples.append(self._gpu.read())
+        gpu = None if self._gpu is None else self._gpu.read()
+        with self._lock:
+            self._cpu_samples.append([shares[core] / 100 for core in self._cores])
+            self._times.append(time.monotonic() - self._began)
+            if gpu is not None:
+                self._gpu_samples.append(gpu)
 
-    def _timeline(self) -> dict[str, list[float]]:
+    def _timeline(self) -> dict[str, list[float | None]]:
         step = -(-len(self._times) // MAX_POINTS)
         series = {"seconds": self._times, "cpu": [mean(shares) for shares in self._cpu_samples]}
         for name in ("kernel_ran", "sm_active", "tensor_active", "dram_active"):
-            if self._gpu_samples and all(name in sample for sample in self._gpu_samples):
-                series[name] = [sample[name] for sample in self._gpu_samples]
+            if any(name in sample for sample in self._gpu_samples):
+                series[name] = [sample.get(name) for sample in self._gpu_samples]
         return {name: values[::step] for name, values in series.items()}
 
 
@@ -123,7 +134,10 @@ def warnings_of(gpu: Mapping[str, Any] | None, cpu: Mapping[str, Any]) -> list[s
                 f"were for {active:.0%}: is train.precision a half precision?"
             )
         if gpu.get("throttle_reasons"):
-            found.append(f"The GPU slowed itself down because of {', '.join(gpu['throttle_reasons'])}.")
+            found.append(
+                f"The GPU slowed itself down for {gpu['throttled']:.0%} of the time because of "
+                f"{', '.join(gpu['throttle_reasons'])}."
+            )
         clock, highest = gpu.get("sm_clock_mhz"), gpu.get("max_sm_clock_mhz")
         if clock and highest and clock < LOW_CLOCK * highest:
             found.append(f"The GPU ran at {clock:.0f} MHz of {highest:.0f}: its clocks are set or held low.")
@@ -136,11 +150,16 @@ def warnings_of(gpu: Mapping[str, Any] | None, cpu: Mapping[str, Any]) -> list[s
 
 
 def _means(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of each figure over the samples that have it; of the throttle reasons all that came up."""
+    """Of each figure over the samples that have it; of the throttle reasons all that came up.
+
+    `throttled` is the share of the samples with a reason.
+    """
     names = dict.fromkeys(name for sample in samples for name in sample if name != "throttle_reasons")
     found = {name: mean(sample[name] for sample in samples if name in sample) for name in names}
-    reasons = {reason for sample in samples for reason in sample.get("throttle_reasons", [])}
-    return found | {"throttle_reasons": sorted(reasons)}
+    if told := [sample["throttle_reasons"] for sample in samples if "throttle_reasons" in sample]:
+        found["throttled"] = mean(bool(reasons) for reasons in told)
+        found["throttle_reasons"] = sorted({reason for reasons in told for reason in reasons})
+    return found
 
 
 def _thread_seconds(process: psutil.Process) -> dict[int, float]:
