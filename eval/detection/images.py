@@ -5,7 +5,7 @@ Boxes are (x1, y1, x2, y2) in pixels from the upper left corner of the image, su
 Shape legend: O objects of an image, C colours (3), H and W pixels.
 """
 
-import pickle
+import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +40,10 @@ class ImageRecord:
     segmentations: list[Any] | None = None  # COCO's polygons or run lengths, one for each object
 
 
+# JSON keeps float32 exactly: its decimals are those of the same number in float64.
+_ARRAYS = {"boxes_O4": (np.float32, (-1, 4)), "labels_O": (np.int64, -1), "difficult_O": (bool, -1)}
+
+
 class AnnotatedImages:
     """The records of a dataset, packed into two arrays.
 
@@ -50,7 +54,7 @@ class AnnotatedImages:
     def __init__(self, path: Path, classes: list[str], records: Iterable[ImageRecord]) -> None:
         self.path = path  # of the annotations
         self.classes = classes  # the first one has label 1
-        packed = [pickle.dumps(record) for record in records]
+        packed = [_packed(record) for record in records]
         self._ends_N = np.cumsum([len(record) for record in packed], dtype=np.int64)
         self._bytes = np.frombuffer(b"".join(packed), dtype=np.uint8)
 
@@ -59,7 +63,18 @@ class AnnotatedImages:
 
     def __getitem__(self, index: int) -> ImageRecord:
         start = self._ends_N[index - 1] if index else 0
-        return pickle.loads(self._bytes[start : self._ends_N[index]])
+        return _unpacked(self._bytes[start : self._ends_N[index]].tobytes())
+
+
+def _packed(record: ImageRecord) -> bytes:
+    arrays = {name: getattr(record, name).tolist() for name in _ARRAYS}
+    return json.dumps(vars(record) | {"path": str(record.path)} | arrays).encode()
+
+
+def _unpacked(content: bytes) -> ImageRecord:
+    values = json.loads(content)
+    arrays = {name: np.array(values[name], dtype).reshape(shape) for name, (dtype, shape) in _ARRAYS.items()}
+    return ImageRecord(**values | {"path": Path(values["path"])} | arrays)
 
 
 def read_sample(record: ImageRecord, flip: bool) -> Sample:
