@@ -8,9 +8,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,11 +30,21 @@ _GRACE_SECONDS = 5  # for the rank with the cause of a failure to report after o
 def launch(
     config: RunConfig, num_processes: int, on_step: Callable[[StepReport], None] | None = None
 ) -> RunResult:
-    """`pretrain` on `num_processes` ranks of this machine; the result and the reports are rank 0's.
+    """`pretrain` on `num_processes` ranks of this machine; see `run_on_ranks`."""
+    return run_on_ranks(partial(pretrain, config), num_processes, on_step)
 
-    The ranks receive `STOP_SIGNALS` that this process receives. The first failure of a rank stops all. Raises
-    the rank's own error if it was for the user, `TrainingError` if a rank was killed, and `RuntimeError` with
-    the rank's traceback otherwise.
+
+def run_on_ranks(
+    job: Callable[[Callable[[Any], None] | None], Any],
+    num_processes: int,
+    on_report: Callable[[Any], None] | None = None,
+) -> Any:
+    """Call `job(on_report)` on `num_processes` ranks of this machine; result and reports are rank 0's.
+
+    Job, reports and result must be fit for pickling. The other ranks' `on_report` is None. The ranks receive
+    `STOP_SIGNALS` that this process receives. The first failure of a rank stops all. Raises the rank's own
+    error if it was for the user, `TrainingError` if a rank was killed, and `RuntimeError` with the rank's
+    traceback otherwise.
     """
     context = mp.get_context("spawn")
     ranks: dict[Connection, BaseProcess] = {}
@@ -41,13 +53,13 @@ def launch(
             for rank, environment in enumerate(environments):
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(
-                    target=_run_rank, args=(config, environment, sender), name=f"rank {rank}"
+                    target=_run_rank, args=(job, environment, sender), name=f"rank {rank}"
                 )
                 with _blocked(STOP_SIGNALS):  # the rank inherits it: they wait until it takes note of them
                     process.start()
                 sender.close()
                 ranks[receiver] = process
-            return _supervise(ranks, on_step, request)
+            return _supervise(ranks, on_report, request)
         finally:
             for process in ranks.values():
                 process.kill()
@@ -77,12 +89,12 @@ def show_notes() -> None:
 
 
 def _supervise(
-    ranks: dict[Connection, BaseProcess], on_step: Callable[[StepReport], None] | None, request: StopRequest
-) -> RunResult:
+    ranks: dict[Connection, BaseProcess], on_report: Callable[[Any], None] | None, request: StopRequest
+) -> Any:
     """Pass on rank 0's reports, and signals to all ranks, until every rank has ended or one has failed."""
     running = dict(ranks)
     told = 0
-    result: RunResult | None = None
+    result = None
     failures: list[Exception] = []
     deadline = float("inf")
     while running and time.monotonic() < deadline:
@@ -93,13 +105,13 @@ def _supervise(
                 os.kill(process.pid, told)
         for receiver, process in list(running.items()):
             has_ended = not process.is_alive()  # asked before the pipe is emptied, so nothing is missed
-            for message in _received(receiver):
-                if isinstance(message, StepReport) and on_step is not None:
-                    on_step(message)
-                elif isinstance(message, RunResult):
-                    result = message
-                elif isinstance(message, Exception):
-                    failures.append(message)
+            for kind, content in _received(receiver):
+                if kind == "report" and on_report is not None:
+                    on_report(content)
+                elif kind == "result":
+                    result = content
+                elif kind == "failure":
+                    failures.append(content)
             if has_ended:
                 del running[receiver]
                 if process.exitcode != 0:
@@ -108,7 +120,6 @@ def _supervise(
             deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
     if failures:
         raise min(failures, key=_remoteness)
-    assert result is not None
     return result
 
 
@@ -127,9 +138,9 @@ def _death(process: BaseProcess) -> TrainingError:
     )
 
 
-def _received(receiver: Connection) -> list[object]:
-    """All messages that have arrived."""
-    messages: list[object] = []
+def _received(receiver: Connection) -> list[tuple[str, Any]]:
+    """All messages that have arrived, (kind, content) each."""
+    messages: list[tuple[str, Any]] = []
     try:
         while receiver.poll():
             messages.append(receiver.recv())
@@ -138,7 +149,7 @@ def _received(receiver: Connection) -> list[object]:
     return messages
 
 
-def _run_rank(config: RunConfig, environment: dict[str, str], sender: Connection) -> None:
+def _run_rank(job: Callable, environment: dict[str, str], sender: Connection) -> None:
     """Body of one process."""
     os.environ.update(environment)
     # A rank inherits "spawn" for its own children; loaders fork their workers, as they do under torchrun.
@@ -150,15 +161,15 @@ def _run_rank(config: RunConfig, environment: dict[str, str], sender: Connection
         signal.signal(number, lambda number, frame: None)
     show_notes()
     try:
-        result = pretrain(config, on_step=sender.send if is_main else None)
+        result = job((lambda report: sender.send(("report", report))) if is_main else None)
         if is_main:
-            sender.send(result)
+            sender.send(("result", result))
     except USER_ERRORS as error:
-        sender.send(error)
+        sender.send(("failure", error))
     except KeyboardInterrupt:
         pass  # the parent has it too and speaks for all
     except Exception:
-        sender.send(RuntimeError(traceback.format_exc()))
+        sender.send(("failure", RuntimeError(traceback.format_exc())))
 
 
 @contextmanager
