@@ -33,6 +33,9 @@ class KnnConfig(Section):
     """Weighted k-nearest-neighbour classifier (Wu et al. 2018, section 3.4)."""
 
     k: Annotated[int, Field(ge=1)] = 200
+    also_k: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="Other numbers of neighbours that are tried along the way."
+    )
     temperature: Annotated[float, Field(gt=0)] = 0.07
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from eval.config import FeaturesConfig
 from eval.crops import CentreCrops, loading
+from eval.feature_memory import allocate_features
 from eval.keeper import KEEP_NOTHING, Keeper
 from model.collectives import column_range as share_range
 from model.collectives import column_shares, gather_rows, world_size
@@ -44,6 +45,7 @@ def extract_features(
     progress: Progress | None = None,
     *,
     normalisation: Normalisation = IMAGENET,
+    images: Dataset | None = None,
     keeper: Keeper = KEEP_NOTHING,
     name: str = "features",
 ) -> tuple[Tensor, Tensor]:
@@ -53,7 +55,15 @@ def extract_features(
     `extract_share` for what is computed, and for errors.
     """
     share = extract_share(
-        backbone, source, config, device, progress, normalisation=normalisation, keeper=keeper, name=name
+        backbone,
+        source,
+        config,
+        device,
+        progress,
+        normalisation=normalisation,
+        images=images,
+        keeper=keeper,
+        name=name,
     )
     return gathered(share, torch.device(device)), torch.from_numpy(source.labels_N.copy())
 
@@ -66,7 +76,7 @@ def extract_share(
     progress: Progress | None = None,
     *,
     normalisation: Normalisation = IMAGENET,
-    crops: Dataset | None = None,
+    images: Dataset | None = None,
     keeper: Keeper = KEEP_NOTHING,
     name: str = "features",
 ) -> FeatureShare:
@@ -75,9 +85,9 @@ def extract_share(
     1. take the finished blocks of `BLOCK_IMAGES` that are kept, under `name`
     2. run the backbone on the images of the others, and keep each block as it is finished
 
-    `crops` are `CentreCrops` unless others are given. `backbone` is moved to `device` and put into evaluation
-    mode. On CUDA it runs under bfloat16 autocast (float16 where the GPU has no bfloat16), elsewhere in
-    float32. `progress` counts this rank's images, scaled to all.
+    `images` are `CentreCrops` unless others are given, in the same form. `backbone` is moved to `device` and
+    put into evaluation mode. On CUDA it runs under bfloat16 autocast (float16 where the GPU has no bfloat16),
+    elsewhere in float32. `progress` counts this rank's images, scaled to all.
 
     Raises `DataError` where an image cannot be read, a worker process dies or there are fewer images than
     ranks, `ModelError` where a feature is not finite.
@@ -99,7 +109,7 @@ def extract_share(
         nonlocal done
         into_nF = features_nF
         if into_nF is None:  # allocated once: joining a list would need twice the memory
-            into_nF = torch.empty(len(mine), batch_NF.shape[1])
+            into_nF = allocate_features(len(mine), batch_NF.shape[1])
         into_nF[indices.start - mine.start : indices.stop - mine.start] = batch_NF
         done += len(indices)
         if progress is not None:
@@ -116,7 +126,7 @@ def extract_share(
 
     batches = [batch for block in missing for batch in _parts(block, config.batch_size)]
     by_end = {block.stop: block for block in missing}
-    with loading(crops or CentreCrops(source, config), batches, config, device) as found:  # 2
+    with loading(images or CentreCrops(source, config), batches, config, device) as found:  # 2
         for batch, crops_NCHW in zip(batches, found, strict=True):
             features_nF = put(batch, features_of_crops(backbone, crops_NCHW, device, normalisation))
             if batch.stop in by_end:
@@ -142,7 +152,7 @@ def gathered(share: FeatureShare, device: torch.device) -> Tensor:
     sizes = column_shares(share.total)
     starts = [sum(sizes[:rank]) for rank in range(len(sizes))]
     width = share.features_nF.shape[1]
-    features_NF = torch.empty(share.total, width)
+    features_NF = allocate_features(share.total, width)
     for first in range(0, max(sizes), BLOCK_IMAGES):
         count = min(BLOCK_IMAGES, max(sizes) - first)
         sent = torch.zeros(count, width, device=device)  # every rank must send as many rows

@@ -58,7 +58,7 @@ def linear_fast(task: EvalTask) -> LinearFastResult:
     passes = []
     for number in range(count):
         crops = RandomCrops(task.train, task.config.features, config.seed, number) if config.passes else None
-        passes.append(task.share(task.train, f"train-{number}", number * images, total, crops=crops))
+        passes.append(task.share(task.train, f"train-{number}", number * images, total, images=crops))
     test = task.share(task.test, "test", count * images, total)
     return choose_and_train(passes, test, task.num_classes, config, task.device, task.progress)
 

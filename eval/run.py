@@ -11,7 +11,7 @@ from torch import nn
 from eval.config import EvalConfig
 from eval.features import Progress, extract_features
 from eval.keeper import KEEP_NOTHING, Keeper
-from eval.knn import knn_accuracy
+from eval.knn import knn_accuracies
 from eval.linear import linear
 from eval.linear_fast import linear_fast
 from eval.result import DataSummary, EvalResult, summary
@@ -47,7 +47,7 @@ def evaluate(
     Raises `DataError` where the classes differ, an image cannot be read or there are too few training images;
     `ModelError` where the file cannot be used or something diverges.
     """
-    _check_labels(train, test)
+    check_labels(train, test)
     if isinstance(model, nn.Module):
         backbone, normalisation = model, normalisation or IMAGENET
     else:
@@ -88,7 +88,9 @@ def _knn(task: EvalTask) -> Found:
             keeper=task.keeper,
             name=name,
         )
-    return {"top1": knn_accuracy(*features, task.config.knn, task.device)}, {}
+    knn = task.config.knn
+    found = knn_accuracies(*features, (knn.k, *knn.also_k), knn.temperature, task.device, over_ranks=True)
+    return {"top1": found[knn.k]} | {f"top1_k{k}": found[k] for k in knn.also_k}, {}
 
 
 def _linear_fast(task: EvalTask) -> Found:
@@ -116,7 +118,7 @@ PROTOCOLS: dict[str, Callable[[EvalTask], Found]] = {
 }
 
 
-def _check_labels(train: Source, test: Source) -> None:
+def check_labels(train: Source, test: Source) -> None:
     """Raise `DataError` unless both are labelled, with the same classes."""
     for source in (train, test):
         if not source.classes:

@@ -42,13 +42,13 @@ class EvalTask:
         before: int,
         total: int,
         *,
-        crops: Dataset | None = None,
+        images: Dataset | None = None,
         backbone: nn.Module | None = None,
     ) -> FeatureShare:
         """Features of this rank's share of `source`, kept under `name` if there is one.
 
-        `before` of `total` images are done by then. See `extract_share` for `crops`; `backbone` is the task's
-        own unless another is given.
+        `before` of `total` images are done by then. See `extract_share` for `images`; `backbone` is the
+        task's own unless another is given.
         """
         return extract_share(
             backbone or self.backbone,
@@ -57,7 +57,7 @@ class EvalTask:
             self.device,
             lambda done, _: self.progress(before + done, total),
             normalisation=self.normalisation,
-            crops=crops,
+            images=images,
             keeper=KEEP_NOTHING if name is None else self.keeper,
             name=name or "",
         )

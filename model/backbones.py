@@ -71,7 +71,12 @@ def build_backbone(
         backbone.bn1.relu = True
         backbone.relu = nn.Identity()
     if small_stem:
-        backbone.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
-        nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
-        backbone.maxpool = nn.Identity()
+        give_small_stem(backbone)
     return backbone
+
+
+def give_small_stem(network: ResNet) -> None:
+    """Put a 3x3 stride-1 convolution, newly drawn, in the place of the stem, without pooling."""
+    network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+    network.maxpool = nn.Identity()

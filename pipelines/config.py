@@ -105,7 +105,8 @@ class DataConfig(Section):
     """Where the images are and how they reach the device."""
 
     path: Path = Field(
-        description="A .beton file, a folder of images or of shards, or torchvision:NAME:ROOT[:SPLIT]."
+        description="A .beton file, a folder of images or of shards, torchvision:NAME:ROOT[:SPLIT], "
+        "places205:ROOT or inat18:ROOT."
     )
     loader: Literal["folder", "ffcv", "dali", "synthetic"] = "ffcv"
     image_size: Annotated[int, Field(ge=8, le=512)] = 224

@@ -119,6 +119,23 @@ def compile_for() -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
+def check_figures() -> Callable[[dict, int], None]:
+    """Fails unless a benchmark's result becomes lines of the table of all benchmarks, with all its turns."""
+    from tools.bench.figures import figures_of
+
+    def check(result: dict, repeats: int) -> None:
+        figures = figures_of(result)
+        assert {figure.bench for figure in figures} == {result["bench"]}
+        assert all(len(figure.values) == repeats and min(figure.values) > 0 for figure in figures)
+        assert len({figure.case for figure in figures}) == len(figures) >= len(result["rows"])
+        compared = [figure.ratio for figure in figures if figure.ratio_to]
+        assert len(compared) >= 2
+        assert any(ratio == pytest.approx(1) for ratio in compared)  # what the others are compared with
+
+    return check
+
+
+@pytest.fixture(scope="session")
 def write_checkpoint() -> Callable[..., torch.nn.Module]:
     """Save a checkpoint of a twin with random weights and batch-norm statistics; returns the twin.
 

@@ -1,7 +1,7 @@
 """The benchmark of the distortions compares with the right thing, and measures work that is done."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from statistics import median
@@ -37,11 +37,14 @@ def short_turns(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def test_every_implementation_has_a_row_with_all_fields(short_turns: None, image_folder: Path) -> None:
+def test_every_implementation_has_a_row_with_all_fields(
+    short_turns: None, image_folder: Path, check_figures: Callable[[dict, int], None]
+) -> None:
     options = ["--size", 33, "--batch", 5, "--repeats", 3, "--images", image_folder, "--device", "cpu"]
     printed = CliRunner().invoke(app, ["bench", "augment", *map(str, options), "--json"])
     assert printed.exit_code == 0, printed.output
     result = json.loads(printed.stdout.splitlines()[-1])
+    check_figures(result, 3)
     rows = result["rows"]
     assert [(row["implementation"], row["dtype"]) for row in rows] == ON_CPU
     for row in rows:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -25,9 +26,12 @@ def run_command(*arguments: object) -> dict:
     return json.loads(result.stdout)
 
 
-def test_command_measures_all_writers_on_the_same_files(image_folder: Path, tmp_path: Path) -> None:
+def test_command_measures_all_writers_on_the_same_files(
+    image_folder: Path, tmp_path: Path, check_figures: Callable[[dict, int], None]
+) -> None:
     options = ["--max-side", 60, "--images", 31, "--workers", 2, "--repeats", 1, "--folder", tmp_path]
     report = run_command(image_folder, *options)
+    check_figures(report, 1)
     files = [Path(path) for path, _ in ImageFolder(str(image_folder)).samples]
     assert report["bytes"] == sum(file.stat().st_size for file in files + files[: 31 - 24])
     assert [row["writer"] for row in report["rows"]] == ["fastbarlow", "ffcv", "copy"]

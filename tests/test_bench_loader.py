@@ -62,9 +62,12 @@ def run_command(*arguments: object) -> tuple[dict, str]:
     return json.loads(result.stdout), result.stderr
 
 
-def test_rows_figures_and_verdict_agree(beton: Path, nothing_left: None) -> None:
+def test_rows_figures_and_verdict_agree(
+    beton: Path, nothing_left: None, check_figures: Callable[[dict, int], None]
+) -> None:
     options = ["--size", 33, "--batch", 5, "--workers", 2, "--repeats", 2, "--seconds", 0.1]
     report, printed = run_command(beton, *options)
+    check_figures(report, 2)
     loaders = [(name, delivers) for name in ("folder", "ffcv", "dali") for delivers in ("crops", "views")]
     rows = {(row["loader"], row["delivers"]): row for row in report["rows"]}
     assert list(rows) == [("authors", "views"), *loaders]

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -63,12 +64,13 @@ def check_rows(result: dict, samples: list[int], algorithms: list[str], world: i
         assert 0 < row["grad_rel_err_authors"] < 1e-5
 
 
-def test_every_algorithm_has_a_row_with_all_fields() -> None:
+def test_every_algorithm_has_a_row_with_all_fields(check_figures: Callable[[dict, int], None]) -> None:
     rounds: list[tuple[int, int]] = []
     result = bench_loss(
         [8, 30], 17, repeats=3, device="cpu", progress=lambda done, total: rounds.append((done, total))
     )
     check_rows(result, [8, 30], ["dense", "gram"], world=1)
+    check_figures(result, 3)
     assert rounds == [(done, 8) for done in range(1, 9)]
     assert json.loads(json.dumps(result)) == result
     page, tables = as_markdown(result), loss_tables(result)

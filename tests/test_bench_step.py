@@ -2,6 +2,7 @@
 
 import gc
 import json
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -188,7 +189,7 @@ RECIPE = """
 run_dir: none
 data: {path: none, image_size: 20, workers: 1}
 model: {backbone: resnet18, projector: 19-13}
-train: {precision: fp32, device: cpu}
+train: {precision: bf16, device: cpu}
 """
 
 
@@ -210,14 +211,17 @@ def printed(beton: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
         beton,
     ]
     result = CliRunner().invoke(
-        app, ["bench", "step", str(recipe), "train.precision=bf16", *map(str, options)]
+        app, ["bench", "step", str(recipe), "train.precision=fp32", *map(str, options)]
     )
     assert result.exit_code == 0, result.output
     return result
 
 
-def test_rows_hold_all_fields_and_agree_with_each_other(printed: Result) -> None:
+def test_rows_hold_all_fields_and_agree_with_each_other(
+    printed: Result, check_figures: Callable[[dict, int], None]
+) -> None:
     report, live = json.loads(printed.stdout), "ours, loader ffcv"
+    check_figures(report, 2)
     assert (report["steps"], report["repeats"], report["unavailable"]) == (2, 2, [])
     assert report["settings"]["augment"] == "numba"
     rows = {row["name"]: row for row in report["rows"]}
@@ -230,7 +234,7 @@ def test_rows_hold_all_fields_and_agree_with_each_other(printed: Result) -> None
         ratios = [a / b for a, b in zip(rows[AUTHORS]["all_ms_per_step"], all_ms, strict=True)]
         assert row["speedup"] == pytest.approx(median(ratios))
         assert row["tflops"] == pytest.approx(row["flop_per_step"] / row["ms_per_step"] / 1e9)
-        assert (row["batch_size"], row["precision"], row["mfu"]) == (6, "bf16", None)
+        assert (row["batch_size"], row["precision"], row["mfu"]) == (6, "fp32", None)
         assert list(row["phases_ms"]) == (AUTHORS_PHASES if name == AUTHORS else ["data wait", *PHASES])
         # Medians of the phases do not add up to that of the step, but lie within the turns.
         assert 0 < sum(row["phases_ms"].values()) <= 1.01 * max(all_ms)
@@ -247,7 +251,7 @@ def test_rows_hold_all_fields_and_agree_with_each_other(printed: Result) -> None
 def test_tables_and_legend_go_beside_the_json(printed: Result) -> None:
     report = json.loads(printed.stdout)
     speeds, phases = step_tables(report)
-    assert "19-13, 20 px, bf16, batch 6" in speeds[0] and "median of 2" in speeds[0]
+    assert "19-13, 20 px, fp32, batch 6" in speeds[0] and "median of 2" in speeds[0]
     for _, rows in (speeds, phases):
         assert [row[0] for row in rows[1:]] == [row["name"] for row in report["rows"]]
         assert len({len(row) for row in rows}) == 1

@@ -37,11 +37,19 @@ COMMANDS = [
     ["eval"],
     ["eval", "knn"],
     ["eval", "linear"],
+    ["eval", "report"],
+    ["audit"],
+    ["eval", "transfer"],
+    ["eval", "voc07"],
+    ["eval", "detect"],
     ["profile"],
     ["bench"],
     ["bench", "loader"],
     ["bench", "loss"],
     ["bench", "augment"],
+    ["bench", "plan"],
+    ["plan"],
+    ["bench", "knn"],
     ["export"],
 ]
 CLASSES = ["ant", "bee", "cat"]
@@ -164,7 +172,7 @@ def test_demo_does_the_main_job_and_reports_it(root: Path, demo_result: dict) ->
     ):
         assert title in report
     assert f"{after:.1%}" in report
-    for name in ("untrained.pt", "checkpoint.pt", "config.yaml", "metrics.jsonl", "profile/profile.png"):
+    for name in ("untrained.pt", "checkpoint.pt", "config.yaml", "metrics.jsonl", "profile/profile.json"):
         assert (root / "run" / name).stat().st_size > 0
     assert [record["step"] for record in read_metrics(root / "run")] == [1, 2]
 
@@ -189,13 +197,16 @@ def test_evaluations_of_the_demo_can_be_repeated_by_hand(root: Path, demo_result
         for protocol, key in (("knn", "kNN"), ("linear", "linear")):
             result = measure("eval", protocol, root / "run" / name, root / "train.beton", root / "val.beton")
             assert result["figures"]["top1"] == demo_result["accuracies"][network][key]
-            assert (result["train_images"], result["test_images"], result["num_classes"]) == (18, 9, 3)
+            sizes = {role: (part["images"], part["classes"]) for role, part in result["data"].items()}
+            assert sizes == {"train": (18, 3), "test": (9, 3)}
 
 
 def test_options_replace_the_settings_in_the_checkpoint(root: Path, checkpoint: Path) -> None:
     images = root / "images"
-    result = measure("eval", "knn", checkpoint, images / "train", images / "val", "--k", 5, "--resize", 40)
+    options = "--k", 5, "--k", 2, "--k", 7, "--resize", 40
+    result = measure("eval", "knn", checkpoint, images / "train", images / "val", *options)
     assert result["settings"]["knn"]["k"] == 5
+    assert list(result["figures"]) == ["top1", "top1_k2", "top1_k7"]
     assert result["settings"]["features"] == RECIPE["eval"]["features"] | {"resize": 40}
 
 
@@ -217,10 +228,14 @@ def test_profile_into_a_bad_folder_is_refused_before_measuring(root: Path) -> No
 
 
 def test_profile_writes_its_files_and_prints_json(root: Path, tmp_path: Path) -> None:
-    result = measure("profile", root / "tiny.yaml", "--steps", 1, "--out", tmp_path)
-    assert sum(result["shares"].values()) == pytest.approx(1)
-    assert json.loads((tmp_path / "profile.json").read_text()) == result
+    result = call("profile", root / "tiny.yaml", "--steps", 1, "--out", tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    profile = json.loads(result.stdout)
+    assert sum(profile["run"]["phases"].values()) == pytest.approx(profile["run"]["step_seconds"])
+    assert json.loads((tmp_path / "profile.json").read_text()) == profile
     assert (tmp_path / "profile.png").stat().st_size > 0
+    assert result.stderr.splitlines()[-1] == profile["verdict"]["sentence"]
+    assert result.stderr.count("measuring the step alone") == 1
 
 
 def test_benchmarks_print_json(root: Path, tmp_path: Path) -> None:
@@ -263,7 +278,8 @@ def test_eval_help_names_the_built_in_defaults() -> None:
     for protocol, settings in (("knn", defaults.knn), ("linear", defaults.linear)):
         command = typer.main.get_command(eval_app).commands[protocol]
         helps = {parameter.name: getattr(parameter, "help", "") for parameter in command.params}
-        for name, value in (settings.model_dump() | defaults.features.model_dump()).items():
+        # `also_k` has no option of its own: it is all but the first --k.
+        for name, value in (settings.model_dump(exclude={"also_k"}) | defaults.features.model_dump()).items():
             assert helps[name].endswith(f"; default: the run's own, or {value}."), name
 
 

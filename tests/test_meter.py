@@ -15,8 +15,9 @@ from train.config import RunConfig
 from train.errors import TrainingError
 from train.flop import model_flop, peak_flops
 from train.loop import pretrain
-from train.meter import Meter, PhaseClock
+from train.meter import Meter
 from train.metrics import StepReport, read_metrics
+from train.phases import PhaseClock
 from train.probe import OnlineProbe
 from train.readback import Readback, Stamp
 from train.step import TrainStep

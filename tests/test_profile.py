@@ -1,6 +1,7 @@
 """The profile measures what it says it measures."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -9,13 +10,19 @@ import pytest
 import torch
 
 from pipelines.config import DataConfig
-from tools import profile as profile_tool
+from pipelines.source import open_source
+from tests.ranks.profiled import profile_tiny
 from tools.bench import timing
 from tools.bench.timing import PhaseTimer, endless
-from tools.figures import PHASE_COLOURS
-from tools.profile import Profile, check_writable, profile_run, write_profile
+from tools.profile import ceilings, run
+from tools.profile.reading import measure_reading
+from tools.profile.result import SPLIT, check_writable, headline, read_json, shares
+from tools.profile.run import Progress, profile_run
+from tools.profile.split import StepSplitter
 from train.config import RunConfig
+from train.distributed import World
 from train.errors import TrainingError
+from train.step import PHASES
 
 CPU = torch.device("cpu")
 
@@ -52,8 +59,9 @@ def config(tmp_path_factory: pytest.TempPathFactory, write_images: Callable[...,
     )
 
 
-def a_profile(loader: float, step: float) -> Profile:
-    return Profile({"data wait": 0.1, "forward": 0.3}, loader, step, batch_size=32, steps=5, environment={})
+@pytest.fixture(autouse=True)
+def _short_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings, "STAGE_SECONDS", 0.02)
 
 
 def test_timer_gives_each_phase_the_time_since_the_mark_before_it(clock: Callable[[float], None]) -> None:
@@ -88,38 +96,123 @@ def test_stream_goes_on_with_the_next_epoch() -> None:
 
 
 def test_shares_add_up_to_the_step() -> None:
-    profile = a_profile(loader=1.0, step=2.0)
-    assert profile.step_seconds == pytest.approx(0.4)
-    assert profile.shares == pytest.approx({"data wait": 0.25, "forward": 0.75})
-    assert profile.pairs_per_second == pytest.approx(80)
+    assert shares({"data wait": 0.1, "forward": 0.3}) == pytest.approx({"data wait": 0.25, "forward": 0.75})
 
 
-def test_verdict_names_the_slower_half_and_both_figures() -> None:
-    assert a_profile(loader=120.0, step=80.5).verdict == (
-        "The step limits: alone it takes 80.5 pairs/s; the loader alone could deliver 120.0."
-    )
-    assert a_profile(loader=80.5, step=120.0).verdict == (
-        "The loader limits: alone it delivers 80.5 pairs/s; the step alone could take 120.0."
-    )
-
-
-def test_profile_splits_real_steps_and_leaves_the_checkpoint_alone(config: RunConfig, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def profile(config: RunConfig) -> tuple[dict, list[Progress], Path]:
+    """A profile, what it told meanwhile, and where it is; the run has a checkpoint."""
     config.run_dir.mkdir()
-    checkpoint = config.run_dir / "checkpoint.pt"
-    checkpoint.write_bytes(b"not to be touched")
-    parts: list[str] = []
-    profile = profile_run(config, steps=2, on_phase=parts.append)
-    assert list(profile.phases) == list(PHASE_COLOURS)
-    assert all(seconds > 0 for seconds in profile.phases.values())
-    assert min(profile.loader_pairs_per_second, profile.step_pairs_per_second) > 0
-    assert parts == ["the loader alone", "loader and step together", "the step alone"]
-    assert checkpoint.read_bytes() == b"not to be touched"
-    assert list(config.run_dir.iterdir()) == [checkpoint]
+    (config.run_dir / "checkpoint.pt").write_bytes(b"not to be touched")
+    told: list[Progress] = []
+    out = config.run_dir.parent / "new" / "folder"
+    return profile_tiny(config, out, on_progress=told.append), told, out
 
-    write_profile(profile, tmp_path / "new" / "folder")
-    saved = json.loads((tmp_path / "new" / "folder" / "profile.json").read_text())
-    assert saved == profile.as_dict()
-    assert (tmp_path / "new" / "folder" / "profile.png").read_bytes().startswith(b"\x89PNG")
+
+def test_profile_splits_real_steps_into_phases_that_add_up(profile: tuple) -> None:
+    run = profile[0]["run"]
+    assert list(run["phases"]) == [phase for phase in SPLIT if phase in ("data wait", *PHASES, "idle")]
+    assert all(seconds > 0 for seconds in run["phases"].values())
+    assert sum(run["phases"].values()) == pytest.approx(run["step_seconds"])
+    assert run["pairs_per_second"] == pytest.approx(4 / run["step_seconds"])
+    percentiles = run["step_seconds_percentiles"]
+    assert 0 < percentiles["p10"] <= percentiles["p50"] <= percentiles["p90"]
+    (rank,) = profile[0]["ranks"]
+    assert rank["phases"] == run["phases"]
+    busy = sum(seconds for phase, seconds in run["phases"].items() if phase in PHASES)
+    assert rank["busy_seconds"] == pytest.approx(busy)
+
+
+def test_profile_measures_each_part_alone_and_tells_which(profile: tuple) -> None:
+    result, told, _ = profile
+    assert list(result["ceilings"]) == ["read", "decode", "crop", "augment", "step", "loader"]
+    assert all(part["pairs_per_second"] > 0 for part in result["ceilings"].values())
+    assert result["collectives"] == []
+    assert result["dataset"]["images"] == 8 and 20 <= result["dataset"]["mean_longer_side"] < 60
+    parts = dict.fromkeys(progress.part for progress in told)
+    assert list(parts) == [
+        "the stages of loading",
+        "the step alone",
+        "the loader alone",
+        "loader and step together",
+    ]
+
+
+def test_profile_writes_its_files_and_leaves_the_checkpoint_alone(config: RunConfig, profile: tuple) -> None:
+    result, _, out = profile
+    assert read_json(out / "profile.json") == json.loads(json.dumps(result)) == result
+    assert (out / "profile.png").read_bytes().startswith(b"\x89PNG")
+    (checkpoint,) = config.run_dir.iterdir()
+    assert checkpoint.read_bytes() == b"not to be touched"
+    assert headline(result).endswith(f"{result['run']['pairs_per_second']:.1f} pairs/s")
+
+
+def test_what_is_no_profile_gets_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("{")
+    (tmp_path / "list").write_text("[]")
+    for name in ("absent", "text", "list"):
+        with pytest.raises(TrainingError, match=rf"^[^\n]*{tmp_path / name}[^\n]*\.$"):
+            read_json(tmp_path / name)
+
+
+def test_reading_is_of_the_second_half_of_the_epoch_and_counts_its_bytes(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(config.data.path)
+    asked: list[int] = []
+    encoded = type(source).encoded
+    monkeypatch.setattr(type(source), "encoded", lambda s, i: asked.append(i) or encoded(s, i))
+    job = ceilings.loader_job(config, World(0, 1, CPU))
+    order = [
+        index for task, _ in zip(job.tasks(8, source, 0, 0), range(2), strict=False) for index in task[2]
+    ]
+    read = measure_reading(job, seconds=60.0)
+    assert asked == order[4:]
+    num_bytes = sum(os.path.getsize(source.name(index)) for index in asked)  # noqa: PTH202
+    assert read["bytes_per_second"] / read["pairs_per_second"] == pytest.approx(num_bytes / 4)
+    assert read["threads"] == 1 and read["cold"] in (True, False, None)
+
+
+def test_waits_in_collectives_are_taken_from_the_phases_they_are_in(
+    clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step: 1 for data, 2 in forward of which 0.5 in a collective, 4 in backward of which 3 waiting."""
+    call = torch.distributed.all_reduce
+
+    def all_reduce(tensor: torch.Tensor) -> None:
+        clock(0.5)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    splitter = StepSplitter(CPU)
+    splitter._watch_gradients = lambda network: None
+
+    class Step:
+        network = torch.nn.Identity()
+
+        def __call__(self, batch: object, step: int) -> None:
+            torch.distributed.all_reduce(torch.ones(3))
+            clock(1.5)
+            splitter.mark("forward")
+            clock(1.0)
+            splitter._last_gradient = timing.Stamp(CPU)
+            clock(3.0)
+            splitter.mark("backward")
+            clock(0.25)
+
+    def batches() -> Iterator[int]:
+        for number in count():
+            clock(1.0)
+            yield number
+
+    assert list(splitter.run(Step(), batches(), steps=2))[-2:] == [1, 2]
+    assert torch.distributed.all_reduce is all_reduce
+    monkeypatch.undo()
+    assert torch.distributed.all_reduce is call
+    split = splitter.split()
+    assert split.seconds == pytest.approx([7.25, 7.25])
+    assert split.phases == pytest.approx({"data wait": 1.0, "forward": 1.5, "backward": 1.0, "idle": 0.25})
+    ((what, per_step),) = split.calls.items()
+    assert what[:3] == ("all_reduce", "other", 3) and what.bytes == 12 and per_step == 1
 
 
 class PacedLoader:
@@ -149,6 +242,7 @@ def test_batches_made_ahead_do_not_pass_for_speed(
     config: RunConfig,
     clock: Callable[[float], None],
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
     seconds: float,
     prefetch: int,
     workers: int,
@@ -164,22 +258,28 @@ def test_batches_made_ahead_do_not_pass_for_speed(
         return torch.nn.Identity()
 
     def build_step(*arguments: object, mark: Callable[[str], None]) -> Callable[..., None]:
-        def step(*arguments: object) -> None:
-            clock(2.0)
-            mark("forward")
+        class Step:
+            network = torch.nn.Identity()
 
-        return step
+            def __call__(self, *arguments: object) -> None:
+                clock(2.0)
+                mark("forward")
 
-    monkeypatch.setattr(profile_tool, "build_loader", build_loader)
-    monkeypatch.setattr(profile_tool, "build_twin", build_twin)
-    monkeypatch.setattr(profile_tool, "TrainStep", build_step)
+        return Step()
+
+    monkeypatch.setattr(run, "build_loader", build_loader)
+    monkeypatch.setattr(run, "build_twin", build_twin)
+    monkeypatch.setattr(run, "TrainStep", build_step)
+    monkeypatch.setattr(run, "stage_ceilings", lambda config, world: ({}, None))
+    monkeypatch.setattr(run, "_loss_algorithm", lambda config, world, step: "gram")
+    monkeypatch.setattr(run, "write_profile", lambda profile, out: None)
     data = config.data.model_copy(update={"prefetch": prefetch, "workers": workers})
     config = config.model_copy(update={"data": data})
 
-    profile = profile_run(config, steps=5)
-    assert profile.loader_pairs_per_second == pytest.approx(4 / seconds)
-    assert profile.step_pairs_per_second == pytest.approx(4 / 2)
-    assert profile.pairs_per_second == pytest.approx(4 / max(seconds, 2))
+    profile = profile_run(config, 5, tmp_path)
+    assert profile["ceilings"]["loader"]["pairs_per_second"] == pytest.approx(4 / seconds)
+    assert profile["ceilings"]["step"]["pairs_per_second"] == pytest.approx(4 / 2)
+    assert profile["run"]["pairs_per_second"] == pytest.approx(4 / max(seconds, 2))
 
 
 def test_folder_that_cannot_be_written_is_found_before_anything_is_measured(tmp_path: Path) -> None:
@@ -193,8 +293,15 @@ def test_folder_that_cannot_be_written_is_found_before_anything_is_measured(tmp_
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_profile_on_a_gpu_times_every_phase(config: RunConfig) -> None:
-    train = config.train.model_copy(update={"device": "cuda"})
-    profile = profile_run(config.model_copy(update={"train": train}), steps=2)
-    assert list(profile.phases) == list(PHASE_COLOURS)
-    assert all(seconds > 0 for seconds in profile.phases.values())
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_profile_on_a_gpu_times_every_phase(config: RunConfig, tmp_path: Path, cuda_graph: bool) -> None:
+    train = config.train.model_copy(update={"device": "cuda", "cuda_graph": cuda_graph})
+    profile = profile_run(config.model_copy(update={"train": train}), 3, tmp_path)
+    phases = profile["run"]["phases"]
+    own = ["step"] if cuda_graph else list(PHASES)
+    assert list(phases) == ["data wait", "copy", *own, "idle"]
+    assert all(phases[phase] > 0 for phase in own)
+    assert min(phases["data wait"], phases["copy"]) >= 0
+    assert sum(phases.values()) == pytest.approx(profile["run"]["step_seconds"])
+    assert profile["ceilings"]["copy"]["bytes_per_second"] > 0
+    assert profile["ceilings"]["step"]["host_lead_seconds"] is not None

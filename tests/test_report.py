@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tools.figures import PHASE_COLOURS
-from tools.profile import Profile
+from tools.profile.result import SPLIT
 from tools.report import (
     Picture,
     Section,
@@ -22,7 +22,6 @@ from tools.report import (
     settings_section,
     views_section,
 )
-from train.step import PHASES
 
 SIZE = 24
 
@@ -55,9 +54,15 @@ class Page(HTMLParser):
         return [Image.open(io.BytesIO(base64.b64decode(s.partition("base64,")[2]))) for s in sources]
 
 
-def profile() -> Profile:
+def profile() -> dict:
     phases = {phase: 0.01 * (1 + i) for i, phase in enumerate(PHASE_COLOURS)}
-    return Profile(phases, 400.0, 200.0, batch_size=32, steps=7, environment={"device": "CPU"})
+    return {
+        "steps": 7,
+        "settings": {"batch_size": 32},
+        "ceilings": {"loader": {"pairs_per_second": 400.0}, "step": {"pairs_per_second": 200.0}},
+        "run": {"phases": phases, "step_seconds": sum(phases.values()), "pairs_per_second": 150.0},
+        "verdict": {"sentence": "The step limits: 200 pairs/s."},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -141,11 +146,11 @@ def test_accuracy_table_states_the_chance_level(sections: list[Section]) -> None
 
 
 def test_profile_section_repeats_the_verdict(sections: list[Section]) -> None:
-    assert profile().verdict in sections[4].text
+    assert profile()["verdict"]["sentence"] in sections[4].text
 
 
 def test_every_phase_of_a_step_has_its_colour() -> None:
-    assert tuple(PHASE_COLOURS) == ("data wait", *PHASES)
+    assert tuple(PHASE_COLOURS) == SPLIT
     assert len(set(PHASE_COLOURS.values())) == len(PHASE_COLOURS)
 
 

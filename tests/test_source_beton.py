@@ -64,6 +64,13 @@ def small(tmp_path: Path) -> Path:
     return write_beton(tmp_path / "small.beton", images_N, lengths_N, np.array([0, 2, 1]), b"".join(data))
 
 
+def test_extents_are_where_the_images_lie(small: Path) -> None:
+    source, whole = open_source(small), small.read_bytes()
+    (file, start, length), (_, raw_start, raw_length) = source.extents(np.array([2, 1]))
+    assert file == small and whole[start : start + length] == source.encoded(2).tobytes()
+    assert whole[raw_start : raw_start + raw_length] == source.pixels(1).tobytes()
+
+
 def patched(beton: Path, target: Path, offset: int, data: bytes) -> Path:
     """A copy of `beton` with other bytes at `offset`."""
     shutil.copy(beton, target)

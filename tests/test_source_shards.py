@@ -75,6 +75,13 @@ def test_shards_hold_the_samples_of_the_folder_in_its_order(shards: Path, image_
         assert read_image(ours, index).size == read_image(theirs, index).size
 
 
+def test_extents_are_where_the_images_lie(shards: Path, image_folder: Path) -> None:
+    for source in (open_source(shards), open_source(image_folder)):
+        indices = np.array([17, 0, 23])
+        for index, (file, start, length) in zip(indices, source.extents(indices), strict=True):
+            assert file.read_bytes()[start : start + length] == source.encoded(index).tobytes()
+
+
 def test_shards_without_labels_have_no_classes(image_folder: Path, tmp_path: Path) -> None:
     convert(image_folder, tmp_path / "x", shards=2, unlabelled=True, workers=1)
     source = open_source(tmp_path / "x")

@@ -4,14 +4,20 @@ Heavy libraries are imported inside the commands, so that `--help` is quick.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from tools.cli_audit import audit, report
 from tools.cli_bench import bench_app
 from tools.cli_convert import add_commands as add_convert_commands
+from tools.cli_detect import detect
 from tools.cli_eval import eval_app
+from tools.cli_export import export
+from tools.cli_plan import plan
 from tools.cli_pretrain import pretrain
+from tools.cli_profile import profile
+from tools.cli_transfer import bench_knn, transfer, voc07
 from tools.console import (
     EXIT_SHORTFALL,
     Commands,
@@ -21,10 +27,7 @@ from tools.console import (
     show_table,
     training_progress,
 )
-from tools.options import ConfigPath, Json, Overrides
-
-if TYPE_CHECKING:
-    from tools.profile import Profile
+from tools.options import Json
 
 DEMO_CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 REQUIRED_GAIN_POINTS = 15  # of kNN accuracy by DEMO_CONFIG, which gains 27 where it was measured
@@ -47,8 +50,13 @@ app = typer.Typer(
     where too many images are bad.""",
 )
 add_convert_commands(app)
+eval_app.command()(report)
+eval_app.command()(detect)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
+bench_app.command("knn")(bench_knn)
+eval_app.command()(transfer)
+eval_app.command()(voc07)
 
 
 @app.command()
@@ -107,42 +115,9 @@ def demo(
 
 
 app.command()(pretrain)
-
-
-@app.command()
-def profile(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    steps: Annotated[int, typer.Option(min=1, help="Measured steps of each part, after a warm-up.")] = 20,
-    out: Annotated[Path | None, typer.Option(help="Folder for the files; default run_dir/profile.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Find out where the time of a training step goes on this machine, and what limits the speed.
-
-    Runs the loader alone, then loader and step together, each step split into data wait, augmentation,
-    forward, loss, backward and optimizer, then the step alone on synthetic data. On a GPU all times are the
-    GPU's own: data wait is how long it stood still for want of a batch. One process; train.batch_size is
-    its batch, so for one GPU of many divide the recipe's. The run's checkpoint is neither read nor written.
-
-    Writes profile.json and profile.png into OUT.
-
-    Examples
-
-        fastbarlow profile configs/imagenet_rn50_8xh100.yaml train.batch_size=256 data.loader=dali
-        fastbarlow profile configs/cifar10_rn18.yaml --steps 50 --json
-    """
-    from tools.profile import check_writable, profile_run, write_profile
-    from train.config import load_config
-
-    run = load_config(config, overrides or [])
-    out = out or run.run_dir / "profile"
-    check_writable(out)
-    result = profile_run(run, steps, on_phase=lambda phase: say(f"measuring {phase}", as_json=True))
-    write_profile(result, out)
-    _show_profile(result, as_json=as_json)
-    say(f"Written to {out}.", as_json=as_json)
-    if as_json:
-        show_json(result.as_dict())
+app.command()(audit)
+app.command()(profile)
+app.command()(plan)
 
 
 @app.command()
@@ -184,55 +159,7 @@ def show_views(
     say(f"{out}: {shown} images with their views.")
 
 
-@app.command()
-def export(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A run's checkpoint.pt, or a file of weights.")
-    ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write, .pth or .safetensors.")],
-    with_projector: Annotated[
-        bool, typer.Option("--with-projector", help="Write the whole network, not the backbone alone.")
-    ] = False,
-) -> None:
-    """Write the trained backbone alone, or the whole network, for use elsewhere.
-
-    A .pth file is a state dict in torchvision's layout, without the classifier; load it with
-    load_state_dict(torch.load(path), strict=False). A .safetensors file holds the same tensors and, as
-    metadata, the architecture and the normalisation of the images.
-
-    With the projector, a .pth file is a checkpoint.pth from which the authors' code goes on, optimiser
-    included, and a .safetensors file has the names backbone.* and projector.*.
-
-    Examples
-
-        fastbarlow export runs/a/checkpoint.pt resnet50.pth
-        fastbarlow export runs/a/checkpoint.pt resnet50.safetensors
-        fastbarlow export runs/a/checkpoint.pt checkpoint.pth --with-projector
-    """
-    from tools.export import export_backbone, export_twin
-
-    if with_projector:
-        twin = export_twin(checkpoint, out)
-        what = f"{twin.backbone.architecture} with projector {twin.widths}"
-        say(f"{out}: {what}, {len(twin.state)} tensors.")
-        return
-    weights = export_backbone(checkpoint, out)
-    say(f"{out}: {weights.architecture}, {len(weights.state)} tensors.")
-
-
-def _show_profile(profile: "Profile", *, as_json: bool) -> None:
-    rows = [("phase", "ms per step", "share")]
-    rows += [(name, f"{1000 * s:.2f}", f"{profile.shares[name]:.1%}") for name, s in profile.phases.items()]
-    rows.append(("step", f"{1000 * profile.step_seconds:.2f}", "100.0%"))
-    show_table(f"Mean of {profile.steps} steps of {profile.batch_size} pairs", rows, as_json=as_json)
-    rows = [
-        ("", "pairs/s"),
-        ("loader and step together", f"{profile.pairs_per_second:.1f}"),
-        ("loader alone", f"{profile.loader_pairs_per_second:.1f}"),
-        ("step alone", f"{profile.step_pairs_per_second:.1f}"),
-    ]
-    show_table("Speed", rows, as_json=as_json)
-    say(profile.verdict, as_json=as_json)
+app.command()(export)
 
 
 def main() -> None:

@@ -45,7 +45,12 @@ def knn(
     train: Train,
     test: Test,
     k: Annotated[
-        int | None, typer.Option("--k", help="Neighbours that vote; default: the run's own, or 200.")
+        list[int] | None,
+        typer.Option(
+            "--k",
+            help="Neighbours that vote; may be given several times, the first counts most; default: the "
+            "run's own, or 200.",
+        ),
     ] = None,
     temperature: Annotated[
         float | None,
@@ -66,10 +71,12 @@ def knn(
     Examples
 
         fastbarlow eval knn runs/a/checkpoint.pt train.beton val.beton
-        fastbarlow eval knn resnet50.pth imagenet/train imagenet/val --k 20 --json
+        fastbarlow eval knn resnet50.pth imagenet/train imagenet/val --k 20 --k 200 --json
     """
     features = {"image_size": image_size, "resize": resize, "batch_size": batch_size, "workers": workers}
-    options = {"features": features, "knn": {"k": k, "temperature": temperature}}
+    options = {"features": features, "knn": {"temperature": temperature}}
+    if k:
+        options["knn"] |= {"k": k[0], "also_k": tuple(k[1:])}
     _evaluate("knn", checkpoint, train, test, options, device, out, as_json)
 
 
@@ -132,7 +139,7 @@ def _evaluate(
     from train.distributed import process_group
 
     weights = read_weights(checkpoint)
-    config = _settings(weights, checkpoint, options)
+    config = eval_settings(weights, checkpoint, options)
     sources = open_source(train), open_source(test)
     with process_group(device) as world, progress_bar("extracting features") as progress:
         result = evaluate(
@@ -159,7 +166,7 @@ def _evaluate(
         show_json(record)
 
 
-def _settings(weights: "BackboneWeights", checkpoint: Path, options: Options) -> "EvalConfig":
+def eval_settings(weights: "BackboneWeights", checkpoint: Path, options: Options) -> "EvalConfig":
     """The run's own eval settings, or the defaults, with the options that were given in their place."""
     remedy = "export the backbone and evaluate the exported file"
     settings = _validated(weights.eval_settings or {}, f"{checkpoint}: ", remedy).model_dump()

@@ -68,7 +68,7 @@ def pretrain(
         fastbarlow pretrain configs/imagenet_rn50_32xv100.yaml --slurm nodes=4,gpus=8,cpus=10,time=24:00:00
     """
     from train.config import load_config
-    from train.launch import launch, show_notes
+    from train.launch import default_processes, launch, show_notes
     from train.loop import pretrain as pretrain_run
     from train.slurm import join_step, requeue
 
@@ -78,7 +78,7 @@ def pretrain(
         _submit(run, slurm, procs, as_json=as_json)
         return
     join_step()
-    num_processes = 1 if "RANK" in os.environ else procs or _default_processes(run)
+    num_processes = 1 if "RANK" in os.environ else procs or default_processes(run)
     is_main = int(os.environ.get("RANK", 0)) == 0
     try:
         with training_progress() if is_main else nullcontext() as on_step:
@@ -124,9 +124,3 @@ def _submit(run: "RunConfig", slurm: str, procs: int | None, *, as_json: bool) -
     say(f"Cancel it: scancel {job.job_id} (it saves first; submitted again, it goes on)", as_json=as_json)
     if as_json:
         show_json({"job_id": job.job_id, "ranks": job.ranks, "log": str(job.log), "script": str(job.script)})
-
-
-def _default_processes(run: "RunConfig") -> int:
-    import torch
-
-    return 1 if run.train.device == "cpu" else max(1, torch.cuda.device_count())

@@ -20,7 +20,7 @@ from train.metrics import StepReport
 EXIT_SHORTFALL, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 EXIT_PREEMPTED = 75  # sysexits.h: EX_TEMPFAIL, a failure that passes; schedulers can be told to requeue on it
 
-Progressor = Callable[[int, int], None]  # done, total
+Progressor = Callable[..., None]  # done, total or None, and what is being done where that changes
 
 
 class Commands(TyperGroup):
@@ -82,7 +82,9 @@ def progress_bar(description: str) -> Iterator[Progressor]:
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(description, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+        yield lambda done, total, now=description: progress.update(
+            task, completed=done, total=total, description=now
+        )
 
 
 @contextmanager
@@ -127,3 +129,8 @@ def describe_step(report: StepReport) -> str:
 
 def _part(text: str, value: float | None) -> str:
     return "" if value is None else text.format(value)
+
+
+def or_dash(value: float | None, form: str) -> str:
+    """A cell of a table; a dash where there is nothing to show."""
+    return "-" if value is None else format(value, form)

@@ -25,7 +25,7 @@ from pipelines.loaders import build_loader
 from pipelines.source import Source, open_source
 from tools.convert import convert
 from tools.demo_data import make_demo_images
-from tools.profile import profile_run, write_profile
+from tools.profile.run import profile_run
 from tools.report import (
     accuracy_section,
     correlation_section,
@@ -107,8 +107,7 @@ def run_demo(
         accuracies["trained network"] = evaluate(trained.backbone)
 
     with clock.phase("profile"):  # 6
-        profile = profile_run(config, PROFILE_STEPS)
-        write_profile(profile, run_dir / "profile")
+        profile = profile_run(config, PROFILE_STEPS, run_dir / "profile")
 
     with clock.phase("write the report"):  # 7
         views_VNCHW = _first_views(config, device)
@@ -120,7 +119,7 @@ def run_demo(
             ),
             accuracy_section(accuracies, len(train.classes)),
             profile_section(profile),
-            settings_section(_settings(config, len(train), len(val)) | profile.environment),
+            settings_section(_settings(config, len(train), len(val)) | profile["environment"]),
         ]
         knn_before, knn_after = (accuracies[f"{which} network"]["kNN"] for which in ("untrained", "trained"))
         gain = 100 * (knn_after - knn_before)
@@ -146,7 +145,7 @@ def run_demo(
         "seconds": clock.seconds,
         "steps": result.step,
         "report": str(report),
-        "profile": profile.as_dict(),
+        "profile": profile,
     }
 
 

@@ -8,14 +8,12 @@ import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import Template
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from tools.figures import correlation_png, curve_png, image_png, phases_png
-
-if TYPE_CHECKING:
-    from tools.profile import Profile
+from tools.profile.result import headline
 
 SHOWN_FEATURES = 128  # a heat map with more cells than pixels would show averages, not correlations
 
@@ -127,17 +125,19 @@ def accuracy_section(accuracies: Mapping[str, Mapping[str, float]], classes: int
     )
 
 
-def profile_section(profile: "Profile") -> Section:
-    """How a step's time divides into phases, and what limits the speed."""
+def profile_section(profile: Mapping[str, Any]) -> Section:
+    """How a step's time divides into phases, and what limits the speed; `profile` is a whole one."""
+    run, ceilings = profile["run"], profile["ceilings"]
     return Section(
         "Where the time goes",
-        f"Mean of {profile.steps} steps of {profile.batch_size} pairs of views. {profile.verdict}",
-        [Picture(phases_png(profile.phases, profile.title), "The phases of one step as parts of a bar")],
+        f"Mean of {profile['steps']} steps of {profile['settings']['batch_size']} pairs of views. "
+        f"{profile['verdict']['sentence']}",
+        [Picture(phases_png(run["phases"], headline(profile)), "The phases of one step as parts of a bar")],
         table=[
             ("", "pairs of views per second"),
-            ("loader and step together", f"{profile.pairs_per_second:.1f}"),
-            ("loader alone", f"{profile.loader_pairs_per_second:.1f}"),
-            ("step alone", f"{profile.step_pairs_per_second:.1f}"),
+            ("loader and step together", f"{run['pairs_per_second']:.1f}"),
+            ("loader alone", f"{ceilings['loader']['pairs_per_second']:.1f}"),
+            ("step alone", f"{ceilings['step']['pairs_per_second']:.1f}"),
         ],
     )
 

@@ -21,7 +21,7 @@ from model.twin import Twin
 from model.weights import differences
 from train.config import RunConfig
 from train.errors import TrainingError
-from train.files import write_atomically
+from train.files import root_cause, write_atomically
 from train.optim import Lars
 
 FORMAT = 1
@@ -122,7 +122,7 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
         )
     except (OSError, RuntimeError) as error:  # torch's writer turns an OSError into a RuntimeError
         raise TrainingError(
-            f"Cannot write the checkpoint {path}: {_root_cause(error)}; make room, and if the run has ended, "
+            f"Cannot write the checkpoint {path}: {root_cause(error)}; make room, and if the run has ended, "
             f"start it again: it goes on from the last checkpoint, if there is one."
         ) from error
 
@@ -258,13 +258,3 @@ def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         key = f"{prefix}{name}"
         flat |= _flatten(value, f"{key}.") if isinstance(value, dict) else {key: value}
     return flat
-
-
-def _root_cause(error: BaseException) -> str:
-    """The operating system's words where it is at the root of `error`, such as 'No space left on device'."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    return str(error).splitlines()[0]

@@ -209,7 +209,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def _parse_yaml(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
     """Raises `yaml.YAMLError`."""
     try:
         return yaml.load(text, _Loader)
@@ -219,13 +219,13 @@ def _parse_yaml(text: str) -> Any:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        settings = _parse_yaml(path.read_text(encoding="utf-8"))
+        settings = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"Cannot read the config {path}: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise ConfigError(f"The config {path} is not a UTF-8 text file.") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"The config {path} is not valid YAML: {_yaml_problem(error)}.") from None
+        raise ConfigError(f"The config {path} is not valid YAML: {yaml_problem(error)}.") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"The config {path} must be a YAML mapping with the keys {_keys_at('')}.")
     return settings
@@ -245,10 +245,10 @@ def _apply_override(settings: dict[str, Any], override: str, path: Path) -> str:
         value: Any = text.strip()
         # 2024-05-01 is a fine name of a folder, whatever YAML takes it for; only quotes are not part of it.
         if not value or value[0] in "'\"" or _annotation(key) not in (Path, str):
-            value = _parse_yaml(text)
+            value = parse_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(
-            f"The value of the override {override!r} is not valid YAML: {_yaml_problem(error)}."
+            f"The value of the override {override!r} is not valid YAML: {yaml_problem(error)}."
         ) from None
     *sections, name = key.split(".")
     for depth, section in enumerate(sections, start=1):
@@ -262,7 +262,7 @@ def _apply_override(settings: dict[str, Any], override: str, path: Path) -> str:
     return key
 
 
-def _yaml_problem(error: yaml.YAMLError) -> str:
+def yaml_problem(error: yaml.YAMLError) -> str:
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return " ".join(str(error).split())
     mark = error.problem_mark

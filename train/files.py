@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -30,11 +31,24 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None], keep: Path |
         with contextlib.suppress(OSError):  # such as where a parent of the path is a file
             beside.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)  # 4
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    _flush_folder(path.parent)  # 4
+
+
+@contextlib.contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """The same for what must be read again before it may take the place of `path`.
+
+    1. gives a path of the same name in a folder of its own, for the block to write and read
+    2. flush the file to the disk  3. rename  4. flush the folder's entry
+    Errors of the block and `OSError` pass through; up to step 3 `path` holds what it held before.
+    """
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        place = Path(folder) / path.name
+        yield place  # 1
+        with place.open("rb") as file:
+            os.fsync(file.fileno())  # 2
+        place.replace(path)  # 3
+    _flush_folder(path.parent)  # 4
 
 
 @contextlib.contextmanager
@@ -51,6 +65,24 @@ def preparing(run_dir: Path) -> Iterator[None]:
 def write_text_atomically(path: Path, text: str) -> None:
     """The same for text, as UTF-8."""
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def root_cause(error: BaseException) -> str:
+    """The operating system's words where it is at the root of `error`, such as 'No space left on device'."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(error).splitlines()[0]
+
+
+def _flush_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _give_second_name(path: Path, other: Path) -> None:

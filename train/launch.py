@@ -8,11 +8,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from enum import Enum, auto
 from functools import partial
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,27 +25,34 @@ from train.loop import RunResult, pretrain
 from train.metrics import StepReport
 from train.preemption import STOP_SIGNALS, StopRequest, stop_signals_noted
 
+T = TypeVar("T")
+Report = Callable[[Any], None]
+
 _GRACE_SECONDS = 5  # for the rank with the cause of a failure to report after one that fell with it
+
+
+class _Message(Enum):
+    """What a rank tells this process, with the content that follows it."""
+
+    REPORT = auto()
+    RESULT = auto()
+    FAILURE = auto()
 
 
 def launch(
     config: RunConfig, num_processes: int, on_step: Callable[[StepReport], None] | None = None
 ) -> RunResult:
-    """`pretrain` on `num_processes` ranks of this machine; see `run_on_ranks`."""
-    return run_on_ranks(partial(pretrain, config), num_processes, on_step)
+    """`pretrain` on `num_processes` ranks of this machine; see `launch_ranks`."""
+    return launch_ranks(partial(pretrain, config), num_processes, on_step)
 
 
-def run_on_ranks(
-    job: Callable[[Callable[[Any], None] | None], Any],
-    num_processes: int,
-    on_report: Callable[[Any], None] | None = None,
-) -> Any:
-    """Call `job(on_report)` on `num_processes` ranks of this machine; result and reports are rank 0's.
+def launch_ranks(job: Callable[[Report | None], T], num_processes: int, on_report: Report | None = None) -> T:
+    """`job`, which can be pickled, on `num_processes` ranks of this machine; the result is rank 0's.
 
-    Job, reports and result must be fit for pickling. The other ranks' `on_report` is None. The ranks receive
-    `STOP_SIGNALS` that this process receives. The first failure of a rank stops all. Raises the rank's own
-    error if it was for the user, `TrainingError` if a rank was killed, and `RuntimeError` with the rank's
-    traceback otherwise.
+    What rank 0's job hands to the function that it is given, `on_report` receives here; those of other ranks
+    are given None. The ranks receive `STOP_SIGNALS` that this process receives. The first failure of a rank
+    stops all. Raises the rank's own error if it was for the user, `TrainingError` if a rank was killed, and
+    `RuntimeError` with the rank's traceback otherwise.
     """
     context = mp.get_context("spawn")
     ranks: dict[Connection, BaseProcess] = {}
@@ -82,19 +90,22 @@ def meeting_point(num_processes: int) -> Iterator[list[dict[str, str]]]:
     yield [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
 
 
+def default_processes(config: RunConfig) -> int:
+    """One per GPU of this machine, or one where the run is on the CPU."""
+    return 1 if config.train.device == "cpu" else max(1, torch.cuda.device_count())
+
+
 def show_notes() -> None:
     """Let what the parts of the trainer choose for themselves appear on standard error."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("model").setLevel(logging.INFO)
 
 
-def _supervise(
-    ranks: dict[Connection, BaseProcess], on_report: Callable[[Any], None] | None, request: StopRequest
-) -> Any:
+def _supervise(ranks: dict[Connection, BaseProcess], on_report: Report | None, request: StopRequest) -> Any:
     """Pass on rank 0's reports, and signals to all ranks, until every rank has ended or one has failed."""
     running = dict(ranks)
     told = 0
-    result = None
+    results: list[Any] = []
     failures: list[Exception] = []
     deadline = float("inf")
     while running and time.monotonic() < deadline:
@@ -106,12 +117,12 @@ def _supervise(
         for receiver, process in list(running.items()):
             has_ended = not process.is_alive()  # asked before the pipe is emptied, so nothing is missed
             for kind, content in _received(receiver):
-                if kind == "report" and on_report is not None:
-                    on_report(content)
-                elif kind == "result":
-                    result = content
-                elif kind == "failure":
+                if kind is _Message.FAILURE:
                     failures.append(content)
+                elif kind is _Message.RESULT:
+                    results.append(content)
+                elif on_report is not None:
+                    on_report(content)
             if has_ended:
                 del running[receiver]
                 if process.exitcode != 0:
@@ -120,6 +131,7 @@ def _supervise(
             deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
     if failures:
         raise min(failures, key=_remoteness)
+    (result,) = results
     return result
 
 
@@ -138,9 +150,9 @@ def _death(process: BaseProcess) -> TrainingError:
     )
 
 
-def _received(receiver: Connection) -> list[tuple[str, Any]]:
-    """All messages that have arrived, (kind, content) each."""
-    messages: list[tuple[str, Any]] = []
+def _received(receiver: Connection) -> list[tuple[_Message, Any]]:
+    """All messages that have arrived."""
+    messages: list[tuple[_Message, Any]] = []
     try:
         while receiver.poll():
             messages.append(receiver.recv())
@@ -149,7 +161,7 @@ def _received(receiver: Connection) -> list[tuple[str, Any]]:
     return messages
 
 
-def _run_rank(job: Callable, environment: dict[str, str], sender: Connection) -> None:
+def _run_rank(job: Callable[[Report | None], Any], environment: dict[str, str], sender: Connection) -> None:
     """Body of one process."""
     os.environ.update(environment)
     # A rank inherits "spawn" for its own children; loaders fork their workers, as they do under torchrun.
@@ -161,15 +173,15 @@ def _run_rank(job: Callable, environment: dict[str, str], sender: Connection) ->
         signal.signal(number, lambda number, frame: None)
     show_notes()
     try:
-        result = job((lambda report: sender.send(("report", report))) if is_main else None)
+        result = job((lambda report: sender.send((_Message.REPORT, report))) if is_main else None)
         if is_main:
-            sender.send(("result", result))
+            sender.send((_Message.RESULT, result))
     except USER_ERRORS as error:
-        sender.send(("failure", error))
+        sender.send((_Message.FAILURE, error))
     except KeyboardInterrupt:
         pass  # the parent has it too and speaks for all
     except Exception:
-        sender.send(("failure", RuntimeError(traceback.format_exc())))
+        sender.send((_Message.FAILURE, RuntimeError(traceback.format_exc())))
 
 
 @contextmanager

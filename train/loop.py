@@ -24,9 +24,10 @@ from train.distributed import World, process_group
 from train.files import preparing
 from train.flop import model_flop, peak_flops
 from train.health import Health
-from train.meter import Meter, PhaseClock
+from train.meter import Meter
 from train.metrics import MetricsWriter, StepReport
 from train.online import open_online_evaluation
+from train.phases import PhaseClock
 from train.preemption import News, NewsExchange, StopRequest, stop_signals_noted
 from train.state import RunState
 from train.step import DTYPES, TrainStep
@@ -90,6 +91,20 @@ def build_twin(config: RunConfig, device: torch.device) -> Twin:
     return Twin(config.model).to(device, dtype, memory_format=torch.channels_last)
 
 
+def over_ranks(twin: Twin, config: RunConfig, world: World) -> nn.Module:
+    """The network with gradients, and statistics of the norms in `model.sync_bn`, over all ranks."""
+    if world.size == 1:
+        return twin
+    twin.synchronise_norms()
+    return DistributedDataParallel(
+        twin,
+        device_ids=[world.device] if world.device.type == "cuda" else None,
+        # Norms that are synchronised keep their buffers equal.
+        forward_sync_buffers=config.model.sync_bn != "all",
+        gradient_as_bucket_view=True,
+    )
+
+
 class _Run:
     """One rank's part of a run. Steps count from 0 while they are done, and as "steps done" afterwards."""
 
@@ -106,7 +121,7 @@ class _Run:
         self.clock = PhaseClock(world.device)
         self.train_step = TrainStep(
             config,
-            self._over_ranks(self.twin),
+            over_ranks(self.twin, config, world),
             loader.steps_per_epoch,
             mark=self.clock.mark,
             keep_features=self.probe is not None,
@@ -172,19 +187,6 @@ class _Run:
                     break
         last_report = report if self.world.is_main else None
         return RunResult(self.state.checkpoint, done, done - start, last_report, stopped_by)
-
-    def _over_ranks(self, twin: Twin) -> nn.Module:
-        """The network with gradients, and statistics of the norms in `model.sync_bn`, over all ranks."""
-        if self.world.size == 1:
-            return twin
-        twin.synchronise_norms()
-        return DistributedDataParallel(
-            twin,
-            device_ids=[self.world.device] if self.world.device.type == "cuda" else None,
-            # Norms that are synchronised keep their buffers equal.
-            forward_sync_buffers=self.config.model.sync_bn != "all",
-            gradient_as_bucket_view=True,
-        )
 
     def _batches(self, start: int, meter: Meter) -> Iterator[tuple[int, Batch]]:
         """(step, batch) from step `start` to the last one of the run."""

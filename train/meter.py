@@ -17,33 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from model.loss import BarlowLoss
 from model.loss.objective import EPS
 from train.metrics import StepReport
+from train.phases import phase_range
 from train.probe import OnlineProbe
 from train.readback import Readback, Stamp
 from train.step import TrainStep
 
 GIB = 2**30
-
-
-class PhaseClock:
-    """Times the phases of those steps that are about to be reported, and costs nothing in the others."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stamps: list[tuple[str, Stamp]] = []
-
-    def start(self) -> None:
-        """Time the step that comes next."""
-        self._stamps = [("start", Stamp(self._device))]
-
-    def mark(self, phase: str) -> None:
-        """The work of a phase has been queued; for `TrainStep`."""
-        if self._stamps:
-            self._stamps.append((phase, Stamp(self._device)))
-
-    def take(self) -> list[tuple[str, Stamp]]:
-        """The start and the ends of the phases of the step just timed; stops the clock."""
-        stamps, self._stamps = self._stamps, []
-        return stamps
 
 
 @dataclass(frozen=True)
@@ -99,7 +78,8 @@ class Meter:
     def waiting(self) -> Iterator[None]:
         """Counts the time inside as waiting for the loader."""
         began = time.perf_counter()
-        yield
+        with phase_range("data wait", self.device):
+            yield
         self.waited += time.perf_counter() - began
 
     def note(self, loss: BarlowLoss) -> None:

@@ -183,7 +183,7 @@ def _first_host(nodes: str) -> str:
 
 def _warn_of_absent_data(config: RunConfig) -> None:
     path = config.data.path
-    if config.data.loader != "synthetic" and not str(path).startswith("torchvision:") and not path.exists():
+    if config.data.loader != "synthetic" and ":" not in str(path) and not path.exists():
         log.warning("data.path %s is not there on this machine; the job's machines must have it.", path)
 
 

@@ -26,6 +26,7 @@ from train.config import RunConfig
 from train.errors import ConfigError
 from train.graph import StepGraph
 from train.optim import Lars, build_optimizer
+from train.phases import phase_range
 from train.schedule import learning_rates
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -106,55 +107,56 @@ class TrainStep:
         if self._graph is None:
             terms = self._train(batch.views_VNHWC, batch.params)
         else:
-            terms = self._graph(batch.views_VNHWC, batch.params)
+            with phase_range("step", self._device):
+                terms = self._graph(batch.views_VNHWC, batch.params)
             if self._graph.is_recorded:
                 self._mark("step")
         return BarlowLoss(*terms.unbind())
 
     def _train(self, views_VNHWC: Tensor, params: ViewParams) -> Tensor:
         """The step without its learning rates; the terms of `BarlowLoss` in one tensor."""
-        self.optimizer.zero_grad(set_to_none=True)
-        views_VNCHW = distort(views_VNHWC, params, self._config.data.augment, self._dtype)
-        *others, last = _pieces(views_VNCHW, self._config.train.micro_batches)  # 1
-        del views_VNCHW
-        statistics = _flat(self._statistics) if self._statistics else None
-        self._end("augment")
+        with self._phase("augment"):
+            self.optimizer.zero_grad(set_to_none=True)
+            views_VNCHW = distort(views_VNHWC, params, self._config.data.augment, self._dtype)
+            *others, last = _pieces(views_VNCHW, self._config.train.micro_batches)  # 1
+            del views_VNCHW
+            statistics = _flat(self._statistics) if self._statistics else None
 
-        with torch.no_grad():
-            outputs = [self._embed(piece) for piece in others]  # 2
-        with self._unexchanged_if(others):
-            outputs.append(self._embed(last))
-        embeddings, features = zip(*outputs, strict=True)
-        if features[0]:
-            self.features_NF = torch.stack([f_nF for (f_nF,) in features], dim=1).flatten(0, 1)
-        self._end("forward")
+        with self._phase("forward"):
+            with torch.no_grad():
+                outputs = [self._embed(piece) for piece in others]  # 2
+            with self._unexchanged_if(others):
+                outputs.append(self._embed(last))
+            embeddings, features = zip(*outputs, strict=True)
+            if features[0]:
+                self.features_NF = torch.stack([f_nF for (f_nF,) in features], dim=1).flatten(0, 1)
 
-        z_a_ND, z_b_ND = (torch.cat(z).detach().requires_grad_() for z in zip(*embeddings, strict=True))
-        loss = barlow_loss(z_a_ND, z_b_ND, self._config.model.loss)  # 3
-        self.z_a_ND = z_a_ND.detach()
-        self._end("loss")
+        with self._phase("loss"):
+            z_a_ND, z_b_ND = (torch.cat(z).detach().requires_grad_() for z in zip(*embeddings, strict=True))
+            loss = barlow_loss(z_a_ND, z_b_ND, self._config.model.loss)  # 3
+            self.z_a_ND = z_a_ND.detach()
 
-        self.scaler.scale(loss.total * self._gradient_share).backward()
-        n = len(z_a_ND) // (len(others) + 1)
-        *gradients, gradients_last = zip(z_a_ND.grad.split(n), z_b_ND.grad.split(n), strict=True)
-        with self._unexchanged_if(others):
-            torch.autograd.backward(embeddings[-1], gradients_last)  # 4
-        with _unchanged_buffers(self.network) if others else nullcontext():
-            while others:
-                piece, gradient = others.pop(), gradients.pop()
-                with self._unexchanged_if(others):
-                    torch.autograd.backward(self._embed(piece)[0], gradient)
-        self._end("backward")
+        with self._phase("backward"):
+            self.scaler.scale(loss.total * self._gradient_share).backward()
+            n = len(z_a_ND) // (len(others) + 1)
+            *gradients, gradients_last = zip(z_a_ND.grad.split(n), z_b_ND.grad.split(n), strict=True)
+            with self._unexchanged_if(others):
+                torch.autograd.backward(embeddings[-1], gradients_last)  # 4
+            with _unchanged_buffers(self.network) if others else nullcontext():
+                while others:
+                    piece, gradient = others.pop(), gradients.pop()
+                    with self._unexchanged_if(others):
+                        torch.autograd.backward(self._embed(piece)[0], gradient)
 
-        if self.scaler.is_enabled():
-            self.scaler.unscale_(self.optimizer)  # 5
-        self.scaler.step(self.optimizer, loss.total.detach().isfinite().logical_not())
-        self.scaler.update()
-        skipped = self.optimizer.skipped
-        if statistics is not None:
-            _copy_flat(torch.where(skipped > 0, statistics, _flat(self._statistics)), self._statistics)
-        self.skipped_in_row.add_(1).mul_(skipped)
-        self._end("optimizer")
+        with self._phase("optimizer"):
+            if self.scaler.is_enabled():
+                self.scaler.unscale_(self.optimizer)  # 5
+            self.scaler.step(self.optimizer, loss.total.detach().isfinite().logical_not())
+            self.scaler.update()
+            skipped = self.optimizer.skipped
+            if statistics is not None:
+                _copy_flat(torch.where(skipped > 0, statistics, _flat(self._statistics)), self._statistics)
+            self.skipped_in_row.add_(1).mul_(skipped)
         return torch.stack([term.detach() for term in loss])
 
     def _embed(self, views_VnCHW: Tensor) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
@@ -174,8 +176,11 @@ class TrainStep:
             return self.network.no_sync()
         return nullcontext()
 
-    def _end(self, phase: str) -> None:
-        """The phase's work has been queued; while a graph is recorded, none is."""
+    @contextmanager
+    def _phase(self, phase: str) -> Iterator[None]:
+        """What is queued inside is that phase of the step; while a graph is recorded, no phase has an end."""
+        with phase_range(phase, self._device):
+            yield
         if not (self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             self._mark(phase)
 

@@ -1,5 +1,6 @@
 """Where the samples live: the labels, image sizes and encoded bytes of any kind of dataset."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from pipelines.errors import DataError
@@ -12,9 +13,12 @@ from pipelines.source.beton import (
     BETON_VERSION,
     BetonSource,
 )
+from pipelines.source.files import FileSource
 from pipelines.source.folder import FolderSource
+from pipelines.source.layouts import names_layout, open_layout
 from pipelines.source.shards import ShardSource, holds_shards
 from pipelines.source.torchvision_dataset import TORCHVISION, TorchvisionSource
+from pipelines.source.voc import Voc07Source
 
 __all__ = [
     "BETON_ALLOCATION",
@@ -23,11 +27,15 @@ __all__ = [
     "BETON_IMAGE",
     "BETON_VERSION",
     "BetonSource",
+    "FileSource",
     "FolderSource",
     "ShardSource",
     "Source",
     "TorchvisionSource",
+    "Voc07Source",
     "decode_rgb",
+    "names_layout",
+    "open_layout",
     "open_source",
     "read_image",
 ]
@@ -39,7 +47,8 @@ def open_source(path: Path) -> Source:
     - a .beton file;
     - a folder of shards that `fastbarlow convert` has written;
     - any other folder: one sub-folder per class, or images without labels;
-    - `torchvision:NAME:ROOT`, a dataset of torchvision; see `TorchvisionSource`.
+    - `torchvision:NAME:ROOT`, a dataset of torchvision; see `TorchvisionSource`;
+    - `places205:ROOT` or `inat18:ROOT`, a data set as published; see `pipelines.source.layouts`.
 
     Raises `DataError` where `path` is missing, unreadable or none of these, or the dataset is damaged.
     """
@@ -52,9 +61,11 @@ def open_source(path: Path) -> Source:
         ) from error
 
 
-def _kind_of(path: Path) -> type[Source]:
+def _kind_of(path: Path) -> Callable[[Path], Source]:
     if str(path).startswith(TORCHVISION):
         return TorchvisionSource
+    if names_layout(path):
+        return open_layout
     if path.is_dir():
         return ShardSource if holds_shards(path) else FolderSource
     if not path.exists():

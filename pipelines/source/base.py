@@ -5,6 +5,7 @@ Shape legend: N samples of the source, K samples that are asked for, H, W height
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -58,6 +59,10 @@ class Source(ABC):
     def labels(self, indices_K: np.ndarray) -> np.ndarray:
         """int64 labels of these samples, with no more reading than these need."""
         return self.labels_N[indices_K]
+
+    def extents(self, indices_K: np.ndarray) -> Iterator[tuple[Path, int, int]]:
+        """Where these samples lie on the disk: file, offset and bytes; nothing where that is unknown."""
+        return iter(())
 
     def read_ahead(self, indices_K: np.ndarray) -> None:  # noqa: B027 (most have nothing to do)
         """Have the storage fetch the groups of these samples, where there are groups.

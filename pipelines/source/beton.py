@@ -11,6 +11,7 @@ table, H, W height and width in pixels.
 """
 
 import mmap
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,10 @@ class BetonSource(Source):
                 f"The {self.name(index)} is stored as raw pixels; convert the images again as JPEG."
             )
         return self._bytes(index)
+
+    def extents(self, indices_K: np.ndarray) -> Iterator[tuple[Path, int, int]]:
+        starts_and_sizes = zip(self._start_N[indices_K], self.num_bytes_N[indices_K], strict=True)
+        return ((self.path, int(start), int(size)) for start, size in starts_and_sizes)
 
     def name(self, index: int) -> str:
         return f"sample {index} of {self.path}"

@@ -109,6 +109,10 @@ class ShardSource(Source):
             data = self._piece(descriptor, index, self._start_N, self._num_bytes_N)
         return np.frombuffer(data, np.uint8)
 
+    def extents(self, indices_K: np.ndarray) -> Iterator[tuple[Path, int, int]]:
+        for index in indices_K:
+            yield self._tars[self._shard_N[index]], int(self._start_N[index]), int(self._num_bytes_N[index])
+
     def name(self, index: int) -> str:
         return f"sample {index} of {self._tars[self._shard_N[index]]}"
 

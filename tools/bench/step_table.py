@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from tools.console import or_dash
+
 Table = tuple[str, list[list[str]]]  # title, rows; the first row is the header
 
 LEGEND = """\
@@ -43,12 +45,12 @@ def _speeds(result: dict[str, Any], rows: list[dict[str, Any]]) -> Table:
             row["name"],
             _rate(row["pairs_per_second"]),
             _ms(row["ms_per_step"]),
-            _or_dash(row["speedup"], ".2f"),
+            or_dash(row["speedup"], ".2f"),
             f"{row['tflops']:.3g}",
-            _or_dash(row["mfu"], ".1%"),
+            or_dash(row["mfu"], ".1%"),
             "-" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 1e9:.3g}",
         ]
-        table.append(cells + [_or_dash(row["share_of_synthetic"], ".1%")] * has_live)
+        table.append(cells + [or_dash(row["share_of_synthetic"], ".1%")] * has_live)
     what = result["settings"]
     title = [what["backbone"], what["projector"], f"{what['image_size']} px", what["precision"]]
     title += [f"batch {rows[0]['batch_size']}", f"norm {what['norm']}"]
@@ -71,7 +73,3 @@ def _rate(value: float) -> str:
 
 def _ms(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _or_dash(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)

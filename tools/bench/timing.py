@@ -8,6 +8,8 @@ import torch
 
 from pipelines.batch import Batch, Loader
 from pipelines.config import DataConfig
+from train.phases import PhaseClock
+from train.readback import Stamp
 
 MIN_WARMUP = 5  # steps or batches; compilers, autotuners and pools of memory settle meanwhile
 
@@ -47,17 +49,12 @@ def seconds_for(stream: Iterator[Batch], batches: int, device: torch.device) -> 
     return time.perf_counter() - start
 
 
-class PhaseTimer:
-    """Splits the time of each step into phases without waiting for the device.
-
-    On a GPU the stamps are events in its queue, so a phase's time is the GPU's own: from the end of the phase
-    before it to its end, idle time included. A phase "data wait" is then how long the GPU stood still for
-    want of a batch, not how long the host waited.
-    """
+class PhaseTimer(PhaseClock):
+    """Times the phases of every step, and keeps them."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._steps: list[list[tuple[str, float | torch.cuda.Event]]] = []
+        super().__init__(device)
+        self._steps: list[list[tuple[str, Stamp]]] = []
 
     def clear(self) -> None:
         """Forget all steps so far."""
@@ -65,11 +62,8 @@ class PhaseTimer:
 
     def start(self) -> None:
         """Begin a step."""
-        self._steps.append([("start", self._stamp())])
-
-    def mark(self, phase: str) -> None:
-        """End a phase of the step: all since the last call belongs to it."""
-        self._steps[-1].append((phase, self._stamp()))
+        super().start()
+        self._steps.append(self._stamps)
 
     def mean_seconds(self) -> dict[str, float]:
         """Mean seconds of each phase over all steps, in the order of the phases; waits for the device."""
@@ -77,18 +71,5 @@ class PhaseTimer:
         totals: dict[str, float] = {}
         for stamps in self._steps:
             for (_, before), (phase, after) in pairwise(stamps):
-                totals[phase] = totals.get(phase, 0.0) + _seconds_between(before, after)
+                totals[phase] = totals.get(phase, 0.0) + after.seconds_since(before)
         return {phase: total / len(self._steps) for phase, total in totals.items()}
-
-    def _stamp(self) -> float | torch.cuda.Event:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
-
-def _seconds_between(before: float | torch.cuda.Event, after: float | torch.cuda.Event) -> float:
-    if isinstance(before, torch.cuda.Event):
-        return before.elapsed_time(after) / 1000
-    return after - before

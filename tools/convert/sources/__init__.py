@@ -4,9 +4,11 @@ import os
 from pathlib import Path
 
 from pipelines.errors import DataError
+from pipelines.source import names_layout
 from tools.convert.sources.base import ImageSet, ListedImages, is_image_name, printable
 from tools.convert.sources.folder import is_folder, list_folder
 from tools.convert.sources.labels import set_ground_truth
+from tools.convert.sources.layout import list_layout
 from tools.convert.sources.subset import keep_subset
 from tools.convert.sources.tars import is_compressed, list_archive, list_shards
 
@@ -21,7 +23,8 @@ def open_image_set(
     - a folder with one sub-folder per class, or (also with `unlabelled`) of images; see `list_folder`;
     - a tar archive; see `list_archive`;
     - tar shards: a folder of `.tar` files, in the order of their names, or a `.txt` list of their paths, one
-      a line, relative to the list; see `list_shards`.
+      a line, relative to the list; see `list_shards`;
+    - `places205:ROOT` or `inat18:ROOT`, with `:val` behind for the other part; see `list_layout`.
 
     `ground_truth` labels images without labels; see `set_ground_truth`. `subset` lists what to take; see
     `keep_subset`. Raises `DataError` for what cannot be read, is none of these, or holds no images.
@@ -48,6 +51,8 @@ def open_image_set(
 
 
 def _open(source: Path, unlabelled: bool) -> ListedImages:
+    if names_layout(source):
+        return list_layout(source)
     if not source.exists():
         raise DataError(f"The source {printable(source)} does not exist; give a folder or a tar archive.")
     if source.is_dir():

@@ -1,0 +1,238 @@
+"""`fastbarlow eval transfer`, `eval voc07`: other data sets; `bench knn`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import typer
+
+from tools.cli_eval import BatchSize, ImageSize, Resize, Workers, eval_settings
+from tools.console import progress_bar, say, show_json, show_result, show_table
+from tools.options import Checkpoint, Device, Json, ResultFile
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+
+Section = TypeVar("Section", bound="BaseModel")
+
+
+def transfer(
+    name: Annotated[
+        Literal["places205", "inat18", "folder"],
+        typer.Argument(metavar="NAME", help="places205, inat18, or folder: any other in class folders."),
+    ],
+    checkpoint: Checkpoint,
+    root: Annotated[
+        Path,
+        typer.Argument(metavar="ROOT", help="Where the data set was unpacked; of folder: train/ and val/."),
+    ],
+    epochs: Annotated[int | None, typer.Option(help="Passes. [places205 14, inat18 84, folder 28]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate at first. [0.01]")] = None,
+    milestone: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Epoch after which the rate is divided by ten; may be given several times. [at a third and "
+            "two thirds of the epochs]"
+        ),
+    ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="L2 penalty of the linear layer. [0.0005]")
+    ] = None,
+    normalise: Annotated[
+        bool, typer.Option("--batch-norm/--no-batch-norm", help="Batch-norm before the linear layer.")
+    ] = True,
+    seed: Annotated[int | None, typer.Option(help="Of the layer's weights and the order. [0]")] = None,
+    image_size: ImageSize = None,
+    resize: Resize = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    device: Device = "auto",
+    out: ResultFile = None,
+    as_json: Json = False,
+) -> None:
+    """Train a linear classifier on the frozen features of another data set, with the paper's settings.
+
+    ROOT is laid out as the data set's archives unpack: of places205, trainvalsplit_places205/ and
+    data/vision/torralba/deeplearning/images256/; of inat18, train2018.json, val2018.json and train_val2018/.
+    Learns from the training images and classifies those for validation.
+
+    The rate is divided by ten twice, as the paper says; VISSL, which the paper used, has published three
+    times: --milestone 4 --milestone 8 --milestone 12 for places205, 24, 48 and 72 for inat18. Features are
+    computed once, without augmentation, so the figures are a little below those of a classifier that
+    augments. The result is a JSON file, too.
+
+    Examples
+
+        fastbarlow eval transfer places205 runs/a/checkpoint.pt /data/places205
+        fastbarlow eval transfer folder resnet50.pth /data/flowers --epochs 50 --json
+    """
+    from eval.transfer import SETTINGS, TransferConfig
+    from eval.transfer import transfer as measure
+    from model.weights import read_weights
+    from tools.results import default_place, result_record, write_record
+    from train.distributed import process_group
+
+    weights = read_weights(checkpoint)
+    given = {"image_size": image_size, "resize": resize, "batch_size": batch_size, "workers": workers}
+    features = eval_settings(weights, checkpoint, {"features": given}).features
+    changed = {"epochs": epochs, "lr": lr, "weight_decay": weight_decay, "seed": seed}
+    changed |= {"normalise": normalise, "milestones": tuple(milestone) if milestone else None}
+    changed = {key: value for key, value in changed.items() if value is not None}
+    config = _checked(TransferConfig, SETTINGS[name].model_dump() | changed)
+    with process_group(device) as world, progress_bar("extracting features") as progress:
+        result = measure(
+            name,
+            weights.build(),
+            root,
+            features,
+            config,
+            world.device,
+            progress,
+            normalisation=weights.normalisation,
+        )
+        record = result_record(result, checkpoint, world.device)
+    out = out or default_place(checkpoint, result.protocol, root)
+    write_record(record, out)
+    show_result(result, as_json=as_json)
+    say(f"{config.epochs} epochs without augmentation. Written to {out}.", as_json=as_json)
+    if as_json:
+        show_json(record)
+
+
+def voc07(
+    checkpoint: Checkpoint,
+    devkit: Annotated[
+        Path, typer.Argument(metavar="VOCDEVKIT", help="Folder that holds VOC2007, as the archives unpack.")
+    ],
+    grid: Annotated[
+        int,
+        typer.Option(min=1, max=7, help="Side of the grid to which the last map is averaged; 1: its mean."),
+    ] = 2,
+    cost: Annotated[
+        list[float] | None,
+        typer.Option(
+            min=1e-9, max=1e9, help="Cost to choose from; may be given several times. [eleven, 0.01 to 1000]"
+        ),
+    ] = None,
+    folds: Annotated[int, typer.Option(min=2, help="Parts of trainval to choose the cost on.")] = 3,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Processes that fit the machines, of up to 1.5 GB each. [the cores at hand]"
+        ),
+    ] = None,
+    image_size: ImageSize = None,
+    resize: Resize = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    device: Device = "auto",
+    out: ResultFile = None,
+    as_json: Json = False,
+) -> None:
+    """Classify PASCAL VOC 2007 with linear SVMs on frozen features: train on trainval, test on test.
+
+    The paper's protocol, with the settings of VISSL, whose authors are its source: images squashed to a
+    square, the last stage's map averaged to 2 x 2 places (8192 features of a ResNet-50), length 1; one
+    machine for each of the 20 classes, its cost picked by cross-validation on trainval. Objects marked as
+    difficult count neither for nor against.
+
+    mAP is the mean of the interpolated average precision, which VISSL reports; mAP_11_point is the measure of
+    the challenge in 2007. The result, a JSON file too, has the figures of each class.
+
+    Examples
+
+        fastbarlow eval voc07 runs/a/checkpoint.pt VOCdevkit
+        fastbarlow eval voc07 resnet50.pth VOCdevkit --grid 1 --jobs 4 --json
+    """
+    from eval.voc07 import Voc07Config
+    from eval.voc07 import voc07 as measure
+    from model.weights import read_weights
+    from tools.results import default_place, result_record, write_record
+    from train.distributed import process_group
+
+    weights = read_weights(checkpoint)
+    given = {"image_size": image_size, "resize": resize, "batch_size": batch_size, "workers": workers}
+    features = eval_settings(weights, checkpoint, {"features": given}).features
+    config = _checked(Voc07Config, {"grid": grid, "folds": folds} | ({"costs": tuple(cost)} if cost else {}))
+    with process_group(device) as world, progress_bar("images, then classes") as progress:
+        result, by_class = measure(
+            weights.build(),
+            devkit,
+            features,
+            config,
+            world.device,
+            progress,
+            normalisation=weights.normalisation,
+            jobs=jobs,
+        )
+        record = result_record(result, checkpoint, world.device)
+    record["classes"] = {name: asdict(figures) for name, figures in by_class.items()}
+    out = out or default_place(checkpoint, "voc07", Path("VOC2007"))
+    write_record(record, out)
+    rows = [("class", "AP", "11 points", "cost")]
+    rows += [
+        (name, f"{of.average_precision:.2%}", f"{of.eleven_point:.2%}", f"{of.cost:g}")
+        for name, of in by_class.items()
+    ]
+    show_table("Classes", rows, as_json=as_json)
+    show_result(result, as_json=as_json)
+    unconverged = sum(of.unconverged for of in by_class.values())
+    if unconverged:
+        say(f"{unconverged} fits stopped at the limit of iterations, which VISSL has too.", as_json=as_json)
+    say(f"Written to {out}.", as_json=as_json)
+    if as_json:
+        show_json(record)
+
+
+def bench_knn(
+    rows: Annotated[int, typer.Option(min=1, help="Features among which neighbours are sought.")] = 1_000_000,
+    width: Annotated[int, typer.Option(min=1, help="Width of the features.")] = 2048,
+    queries: Annotated[int, typer.Option(min=1, help="Features whose neighbours are sought.")] = 1000,
+    k: Annotated[
+        list[int] | None,
+        typer.Option("--k", min=1, help="Neighbours that vote; may be given several times. [20 and 200]"),
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """How long kNN takes among a million features, and how much memory.
+
+    The features are random. From 4 GiB on they lie in a temporary file in TMPDIR, mapped into memory, as
+    those of `eval knn` do. Time and memory are those of the search alone.
+
+    Examples
+
+        fastbarlow bench knn
+        fastbarlow bench knn --rows 1281167 --queries 50000 --device cuda --json
+    """
+    from tools.bench.knn import bench_knn as measure
+    from train.distributed import process_group
+
+    with process_group(device) as world, progress_bar("searching") as progress:
+        result = measure(rows, width, queries, k or [20, 200], world.device, progress)
+    memory = "not told" if result["peak_memory_mb"] is None else f"{result['peak_memory_mb']:,.0f} MB"
+    on_gpu = result["peak_gpu_memory_mb"]
+    say(
+        f"{queries:,} queries among {rows:,} x {width:,} features ({result['precision']}): "
+        f"{result['seconds']:.1f} s, {result['tflop_per_second']:.2f} Tflop/s; memory beyond the features' "
+        f"{result['features_mb']:,.0f} MB: {memory}"
+        + ("" if on_gpu is None else f", on the GPU {on_gpu:,.0f} MB"),
+        as_json=as_json,
+    )
+    if as_json:
+        show_json(result)
+
+
+def _checked(section: type[Section], settings: dict[str, Any]) -> Section:
+    """Raises `ConfigError` for the first setting that is out of range."""
+    from pydantic import ValidationError
+
+    from train.errors import ConfigError
+
+    try:
+        return section.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, rule = first["loc"][0], first["msg"].replace("Input should", "should")
+        raise ConfigError(f"{key}: {rule}, not {first['input']!r}; change the option.") from None
