@@ -83,7 +83,7 @@ def choose_and_train(
     """
     device, images = torch.device(device), passes[0].total
     settings = sorted(Setting(*pair) for pair in product(set(config.lr), set(config.weight_decay)))
-    job = _Job(passes, num_classes, config, device)
+    job = BatchedTraining(passes, num_classes, config, device)
     chosen, scores, before = settings[0], {}, 0
     if len(settings) > 1:
         order_N = epoch_permutation(images, config.seed, _HELD_OUT)  # 1
@@ -111,8 +111,8 @@ def choose_and_train(
     return LinearFastResult(top1, top5, chosen, scores)
 
 
-class _Job:
-    """What both trainings share."""
+class BatchedTraining:
+    """Trains one classifier for each of several settings, all at once; the samples are those of `passes`."""
 
     def __init__(
         self,
