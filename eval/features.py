@@ -137,6 +137,7 @@ def extract_share(
                         "The backbone's features are not all finite numbers; its training has diverged."
                     )
                 keeper.save(f"{name}-{block.start}-{block.stop}", block_NF.clone())
+            keeper.stop_if_asked()
     assert features_nF is not None
     labels_n = torch.from_numpy(source.labels(np.array(mine)))
     return FeatureShare(features_nF, labels_n, mine.start, total)

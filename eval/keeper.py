@@ -17,7 +17,10 @@ class Keeper(Protocol):
         """What was saved under this name, on the CPU; None where there is nothing, or nothing intact."""
 
     def save(self, name: str, value: Any) -> None:
-        """Replace what is kept under this name."""
+        """Replace what is kept under this name; then as `stop_if_asked`."""
+
+    def stop_if_asked(self) -> None:
+        """For where nothing would be lost: raises an error if the evaluation is to stop."""
 
 
 class _KeepsNothing:
@@ -27,6 +30,9 @@ class _KeepsNothing:
         return None
 
     def save(self, name: str, value: Any) -> None:
+        pass
+
+    def stop_if_asked(self) -> None:
         pass
 
 

@@ -282,7 +282,8 @@ def _evaluate(
 
 def _run(job: "EvalJob", procs: int | None) -> dict[str, Any] | None:
     """The result's record; None on other ranks than the first."""
-    from tools.evaluate import StoppedError, run_job
+    from tools.evaluate import run_job
+    from tools.work_folder import StoppedError
     from train.launch import default_processes, launch_ranks, show_notes
 
     show_notes()

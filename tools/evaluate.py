@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +17,10 @@ from pipelines.source import Source, open_source
 from tools.results import check_place, file_hash, result_record, write_record
 from tools.work_folder import WorkFolder
 from train.distributed import World, process_group
-from train.errors import TrainingError
 from train.files import write_text_atomically
 from train.preemption import stop_signals_noted
 
 OnProgress = Callable[[tuple[int, int]], None]  # images done, images in all
-
-
-class StoppedError(TrainingError):
-    """A signal has ended the evaluation; what it had finished is kept."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +52,7 @@ def run_job(job: EvalJob, on_progress: OnProgress | None = None) -> dict[str, An
     3. evaluate, from what an earlier call has kept
     4. write the result, on rank 0, and remove what was kept
 
-    Raises `DataError`, `ModelError` or `TrainingError`; `StoppedError` on rank 0 after SIGTERM or SIGUSR1.
+    Raises `DataError`, `ModelError` or `TrainingError`; after SIGTERM or SIGUSR1 some rank `StoppedError`.
     """
     with stop_signals_noted() as stop, process_group(job.device) as world:
         if world.is_main:
@@ -69,13 +63,6 @@ def run_job(job: EvalJob, on_progress: OnProgress | None = None) -> dict[str, An
         folder = (job.work or job.out.with_suffix(".work")) / _key(job, world, train, test, subset_K)
         keeper = WorkFolder(folder, stop)
 
-        def progress(done: int, total: int) -> None:
-            if on_progress is not None:
-                on_progress((done, total))
-            if stop.signal and world.is_main:  # the launcher ends the other ranks
-                name = signal.Signals(stop.signal).name
-                raise StoppedError(f"Stopped by {name}; the same command goes on from {folder}.")
-
         result = evaluate(  # 3
             job.protocol,
             weights.build(),
@@ -83,7 +70,7 @@ def run_job(job: EvalJob, on_progress: OnProgress | None = None) -> dict[str, An
             test,
             job.config,
             world.device,
-            progress,
+            None if on_progress is None else lambda done, total: on_progress((done, total)),
             normalisation=weights.normalisation,
             keeper=keeper,
             subset_K=subset_K,

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,17 @@ from typing import Any
 import torch
 
 from model.tensor_files import load_intact
+from train.errors import TrainingError
 from train.files import root_cause, write_atomically
 from train.preemption import StopRequest
 
 SAVE_SECONDS = 120
 
 _log = logging.getLogger(__name__)
+
+
+class StoppedError(TrainingError):
+    """A signal has ended the evaluation; what it had finished is kept."""
 
 
 class WorkFolder:
@@ -58,6 +64,12 @@ class WorkFolder:
                 )
             self._has_warned = True
         self._due = time.monotonic() + SAVE_SECONDS
+        self.stop_if_asked()
+
+    def stop_if_asked(self) -> None:
+        if self._stop.signal:
+            name = signal.Signals(self._stop.signal).name
+            raise StoppedError(f"Stopped by {name}; the same command goes on from {self.folder}.")
 
     def remove(self) -> None:
         """The folder, and the one around it where nothing else is in it."""
