@@ -232,3 +232,25 @@ def test_fast_mode_extracts_what_its_passes_ask_for(sources: tuple) -> None:
 def test_classifier_that_diverges_is_one_sentence(sources: tuple) -> None:
     with pytest.raises(ModelError, match=r"^The classifier's outputs are not all finite [^\n]*\.$"):
         linear(task_of(*sources, {"linear": {"epochs": 3, "batch_size": 4, "lr": 1e38}}))
+
+
+def test_with_as_many_passes_as_epochs_the_fast_mode_is_the_authors(sources: tuple) -> None:
+    shared = {"epochs": EPOCHS, "batch_size": BATCH, "seed": 5}
+    settings = {
+        "linear": shared | {"lr": 0.5, "weight_decay": 0.01},
+        "linear_fast": shared | {"passes": EPOCHS, "lr": (0.5,), "weight_decay": (0.01,)},
+    }
+    keeper, test = MemoryKeeper(), sources[1]
+    slow = linear(task_of(*sources, settings, keeper=keeper))
+    fast = linear_fast(task_of(*sources, settings, keeper=keeper))
+    assert (fast.top1, fast.top5) == (slow["top1"], slow["top5"])
+    passes = [
+        shares_of(keeper.kept[f"train-{number}-0-21"], torch.from_numpy(sources[0].labels_N))
+        for number in range(EPOCHS)
+    ]
+    config = task_of(*sources, settings).config.linear_fast
+    training = BatchedTraining(passes, len(test.classes), config, torch.device("cpu"))
+    (found_CE,) = training.train([Setting(0.5, 0.01)], np.arange(21), lambda done, total: None)
+    state = keeper.kept[KEPT]["classifier"]
+    expected = torch.cat([state["weight"], state["bias"][:, None]], dim=1)
+    torch.testing.assert_close(found_CE, expected, rtol=1e-4, atol=1e-5)
