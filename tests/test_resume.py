@@ -6,6 +6,7 @@ On one thread of the CPU. No random state needs to be saved for that, because tr
 import random
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,11 @@ def test_training_draws_from_no_global_random_state(
 def test_a_draw_in_the_step_would_be_seen(
     draw: Any, beton: Path, tmp_path: Path, states_at_the_start: list[tuple], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train.loop.TrainStep, "_end", lambda step, phase: draw(1))
+
+    def draw_in(step: object, phase: str) -> AbstractContextManager[None]:
+        draw(1)
+        return nullcontext()
+
+    monkeypatch.setattr(train.loop.TrainStep, "_phase", draw_in)
     pretrain(configure(tmp_path / "run", beton, max_steps=1))
     assert states_at_the_start[0] != random_states()
