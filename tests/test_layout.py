@@ -47,3 +47,14 @@ def test_importing_the_packages_loads_no_optional_heavy_library() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == ""
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, tools.cli\nprint(*sorted({'torch', 'torchvision', 'PIL'} & sys.modules.keys()))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == ""

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -13,9 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from typer.core import TyperGroup
 
-from eval.result import EvalResult
 from train.errors import USER_ERRORS
 from train.metrics import StepReport
+
+if TYPE_CHECKING:
+    from eval.result import EvalResult
 
 EXIT_SHORTFALL, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 EXIT_PREEMPTED = 75  # sysexits.h: EX_TEMPFAIL, a failure that passes; schedulers can be told to requeue on it
@@ -64,7 +66,7 @@ def show_table(title: str, rows: Sequence[Sequence[str]], *, as_json: bool = Fal
     console.print(table)
 
 
-def show_result(result: EvalResult, *, as_json: bool = False) -> None:
+def show_result(result: "EvalResult", *, as_json: bool = False) -> None:
     """The figures of an evaluation."""
     rows = [("", *result.figures), (result.protocol, *(f"{share:.2%}" for share in result.figures.values()))]
     show_table(f"{result.protocol} on {result.data['test'].path}", rows, as_json=as_json)
