@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from tools.cli_bench_data import augment, convert, loader
-from tools.cli_bench_step import loss, recipe_of_step, step
+from tools.cli_bench_step import StepSettings, loss, recipe_of_step, step
 from tools.cli_plan import bench_plan
 from tools.console import EXIT_USER_ERROR, leave, or_dash, progress_bar, say, show_json, show_table
 from tools.options import Json
@@ -23,13 +23,7 @@ bench_app.command(name="plan")(bench_plan)
 
 @bench_app.command(name="all")
 def bench_all(
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="CONFIG KEY=VALUE",
-            help="A YAML recipe, and settings that replace the recipe's. [configs/imagenet_rn50_1gpu.yaml]",
-        ),
-    ] = None,
+    settings: StepSettings = None,
     out: Annotated[Path, typer.Option(metavar="FILE.csv", help="The table to write.")] = Path("results.csv"),
     images: Annotated[
         Path | None,

@@ -9,6 +9,13 @@ from tools.console import progress_bar, say, show_json, show_table
 from tools.options import Device, Json
 
 STEP_CONFIG = Path(__file__).parents[1] / "configs" / "imagenet_rn50_1gpu.yaml"
+StepSettings = Annotated[  # for `recipe_of_step`
+    list[str] | None,
+    typer.Argument(
+        metavar="CONFIG KEY=VALUE",
+        help="A YAML recipe, and settings that replace the recipe's. [configs/imagenet_rn50_1gpu.yaml]",
+    ),
+]
 
 
 def loss(
@@ -75,13 +82,7 @@ def loss(
 
 
 def step(
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="CONFIG KEY=VALUE",
-            help="A YAML recipe, and settings that replace the recipe's. [configs/imagenet_rn50_1gpu.yaml]",
-        ),
-    ] = None,
+    settings: StepSettings = None,
     batch: Annotated[
         str | None,
         typer.Option(metavar="N,N,...", help="Pairs in a step. [256,512,1024; 16 on the CPU]"),

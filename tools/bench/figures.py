@@ -4,8 +4,9 @@ Each `_of_*` function reads the rows of one benchmark's result.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from statistics import median, quantiles
 from typing import Any, NamedTuple
+
+import numpy as np
 
 Result = Mapping[str, Any]
 
@@ -23,10 +24,8 @@ class Figure(NamedTuple):
     @property
     def percentiles(self) -> tuple[float, float, float]:
         """The 10th, 50th and 90th, between the values as they are: few turns say little of rare ones."""
-        if len(self.values) == 1:
-            return (self.values[0],) * 3
-        tenths = quantiles(self.values, n=10, method="inclusive")
-        return tenths[0], median(self.values), tenths[-1]
+        low, middle, high = np.percentile(self.values, (10, 50, 90)).tolist()
+        return low, middle, high
 
 
 def figures_of(result: Result) -> list[Figure]:

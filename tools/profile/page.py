@@ -6,10 +6,9 @@ from typing import Any
 
 from tools.figures import phases_png
 from tools.figures_profile import ceilings_png, ranks_png, roofline_png, shares_png, timeline_png
-from tools.profile.result import headline
+from tools.profile.result import headline, unwritable
 from tools.profile.summary import summary_tables
 from tools.report import Picture, Section, render_report, settings_section
-from train.errors import TrainingError
 
 PAGE_NAME = "report.html"
 
@@ -20,7 +19,7 @@ def write_page(profile: Mapping[str, Any], out: Path) -> None:
     try:
         (out / PAGE_NAME).write_text(page, encoding="utf-8")
     except OSError as error:
-        raise TrainingError(f"Cannot write the profile to {out}: {error.strerror}.") from error
+        raise unwritable(out, error) from error
 
 
 def _sections(profile: Mapping[str, Any]) -> Iterator[Section]:

@@ -41,7 +41,7 @@ def make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unwritable(out, error) from error
+        raise unwritable(out, error) from error
 
 
 def write_profile(profile: Mapping[str, Any], out: Path) -> None:
@@ -50,7 +50,7 @@ def write_profile(profile: Mapping[str, Any], out: Path) -> None:
         (out / JSON_NAME).write_text(json.dumps(profile, indent=2) + "\n", encoding="utf-8")
         (out / PICTURE_NAME).write_bytes(phases_png(profile["run"]["phases"], headline(profile)))
     except OSError as error:
-        raise _unwritable(out, error) from error
+        raise unwritable(out, error) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -66,5 +66,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _unwritable(out: Path, error: OSError) -> TrainingError:
+def unwritable(out: Path, error: OSError) -> TrainingError:
+    """What to raise where a file of the profile cannot be written."""
     return TrainingError(f"Cannot write the profile to {out}: {error.strerror}.")
