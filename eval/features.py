@@ -119,8 +119,13 @@ def _stack(crops: list[Tensor | DataError]) -> Tensor | DataError:
     return next((crop for crop in crops if isinstance(crop, DataError)), None) or torch.stack(crops)
 
 
+def half_precision(device: torch.device) -> torch.dtype | None:
+    """What convolutions compute in: bfloat16 on GPUs that have it, else float16; None for float32 on CPUs."""
+    if device.type != "cuda":
+        return None
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
 def _autocast(device: torch.device) -> torch.autocast:
-    on_gpu = device.type == "cuda"
-    has_bfloat16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = torch.float16 if on_gpu and not has_bfloat16 else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=on_gpu)
+    half = half_precision(device)
+    return torch.autocast(device.type, dtype=half, enabled=half is not None)

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.config import DataConfig
 from pipelines.source import open_source
 from tests.ranks.profiled import profile_tiny
 from tools.bench import timing
@@ -256,7 +255,8 @@ def test_batches_made_ahead_do_not_pass_for_speed(
 ) -> None:
     """The loader needs `seconds` for a batch, the step 2, and building the network 1000."""
 
-    def build_loader(data: DataConfig, **options: object) -> PacedLoader:
+    def rank_loader(config: RunConfig, world: object) -> PacedLoader:
+        data = config.data
         held = data.prefetch + max(0, data.workers - 1)  # as torch's DataLoader at worst
         return PacedLoader(0.0 if data.loader == "synthetic" else seconds, held, clock)
 
@@ -274,7 +274,7 @@ def test_batches_made_ahead_do_not_pass_for_speed(
 
         return Step()
 
-    monkeypatch.setattr(run, "build_loader", build_loader)
+    monkeypatch.setattr(run, "rank_loader", rank_loader)
     monkeypatch.setattr(run, "build_twin", build_twin)
     monkeypatch.setattr(run, "TrainStep", build_step)
     monkeypatch.setattr(run, "stage_ceilings", lambda config, world: ({}, None))

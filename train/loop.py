@@ -59,16 +59,20 @@ def pretrain(config: RunConfig, on_step: Callable[[StepReport], None] | None = N
     """
     with stop_signals_noted() as stop, process_group(config.train.device) as world:
         configure_backends(config)
-        loader = build_loader(
-            config.data,
-            seed=config.seed,
-            batch_size=config.train.batch_size,
-            rank=world.rank,
-            world_size=world.size,
-            device=world.device,
-        )
-        with closing(loader):
+        with closing(rank_loader(config, world)) as loader:
             return _Run(config, world, loader, stop).train(on_step)
+
+
+def rank_loader(config: RunConfig, world: World) -> Loader:
+    """This rank's loader of the run; to be closed. Raises `DataError`."""
+    return build_loader(
+        config.data,
+        seed=config.seed,
+        batch_size=config.train.batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        device=world.device,
+    )
 
 
 def configure_backends(config: RunConfig) -> None:

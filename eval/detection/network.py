@@ -209,13 +209,6 @@ class Res5RoIHeads(RoIHeads):
             return self.mask_predictor(regions_RD77).float()
 
 
-def half_precision(device: torch.device) -> torch.dtype | None:
-    """What convolutions compute in: bfloat16 on GPUs that have it, else float16; None for float32 on CPUs."""
-    if device.type != "cuda":
-        return None
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
 def batch_norms(detector: nn.Module) -> list[_BatchNorm]:
     return [module for module in detector.modules() if isinstance(module, _BatchNorm)]
 

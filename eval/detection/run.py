@@ -13,11 +13,12 @@ from eval.detection.coco_score import coco_figures, coco_results
 from eval.detection.config import DetectionConfig
 from eval.detection.finetune import Finetuning
 from eval.detection.images import AnnotatedImages
-from eval.detection.network import build_detector, half_precision
+from eval.detection.network import build_detector
 from eval.detection.predict import predict
 from eval.detection.reports import OnReport
 from eval.detection.voc import open_voc
 from eval.detection.voc_score import Detections, Truth, voc_figures
+from eval.features import half_precision
 from eval.result import DataSummary, EvalResult
 from model.collectives import is_first_rank, world_size
 from model.weights import BackboneWeights

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 
 from model.loss import ALGORITHMS
-from pipelines.loaders import build_loader
 from tools.bench.ranks import run_ranks
 from tools.bench.step_measure import READY_BATCHES
 from tools.bench.timing import PhaseTimer
@@ -28,7 +27,7 @@ from tools.processes import run_processes
 from train.config import RunConfig
 from train.distributed import World
 from train.errors import ConfigError
-from train.loop import build_twin, configure_backends, over_ranks
+from train.loop import build_twin, configure_backends, over_ranks, rank_loader
 from train.step import TrainStep
 
 PROFILED, MEASURED = (8, 64), (16, 32, 128)  # pairs of a rank: what is profiled, what is predicted
@@ -136,15 +135,7 @@ def _measure_cases(config: RunConfig, cases: Sequence[Case], steps: int, world: 
 def _measure_step(config: RunConfig, steps: int, world: World) -> StepTimes:
     """Steps of this rank on batches that are ready before the clock starts."""
     configure_backends(config)
-    loader = build_loader(
-        config.data,
-        seed=config.seed,
-        batch_size=config.train.batch_size,
-        rank=world.rank,
-        world_size=world.size,
-        device=world.device,
-    )
-    with closing(loader):
+    with closing(rank_loader(config, world)) as loader:
         ready = cycle(list(islice(loader.epoch(0), READY_BATCHES)))
         timer = PhaseTimer(world.device)
         network = over_ranks(build_twin(config, world.device).train(), config, world)

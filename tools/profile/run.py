@@ -4,7 +4,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -13,9 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from model.loss.choose import choose_algorithm
-from pipelines.batch import Batch, Loader
-from pipelines.config import DataConfig
-from pipelines.loaders import build_loader
+from pipelines.batch import Batch
 from tools.bench.loader_usage import cpu_seconds
 from tools.bench.timing import drop, endless, warmup_batches
 from tools.environment import describe_environment
@@ -33,7 +31,7 @@ from train.config import RunConfig
 from train.distributed import World, process_group
 from train.errors import TrainingError
 from train.launch import launch_ranks
-from train.loop import build_twin, configure_backends, over_ranks
+from train.loop import build_twin, configure_backends, over_ranks, rank_loader
 from train.preemption import StopRequest, stop_signals_noted
 from train.step import TrainStep
 
@@ -86,7 +84,7 @@ def profile_run(
         tell = _Teller(on_progress if world.is_main else None, stop)
         configure_backends(config)
         batch = config.train.batch_size // world.size
-        with _loader(config.data, config, world) as loader:
+        with closing(rank_loader(config, world)) as loader:
             make_folder(out)
             tell("the stages of loading")  # 1
             ceilings, dataset = stage_ceilings(config, world)
@@ -163,19 +161,10 @@ class _Teller:
             self._on_progress(Progress(part, done, steps))
 
 
-@contextmanager
-def _loader(data: DataConfig, config: RunConfig, world: World) -> Iterator[Loader]:
-    """This rank's loader of the run, but of `data`; closed in the end."""
-    options = {"rank": world.rank, "world_size": world.size, "device": world.device}
-    with closing(
-        build_loader(data, seed=config.seed, batch_size=config.train.batch_size, **options)
-    ) as loader:
-        yield loader
-
-
 def _ready_batches(config: RunConfig, world: World) -> Iterator[Batch]:
     """Without end, and at no cost."""
-    with _loader(config.data.model_copy(update={"loader": "synthetic"}), config, world) as loader:
+    data = config.data.model_copy(update={"loader": "synthetic"})
+    with closing(rank_loader(config.model_copy(update={"data": data}), world)) as loader:
         return cycle(list(islice(loader.epoch(0), SYNTHETIC_BATCHES)))
 
 
