@@ -1,4 +1,4 @@
-"""Settings of the evaluations on frozen features."""
+"""Settings of the evaluations of a backbone."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,6 +6,10 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from model.config import Section
+
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+Rates = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
+Penalties = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)]
 
 
 class FeaturesConfig(Section):
@@ -36,13 +40,40 @@ class KnnConfig(Section):
 
 
 class LinearConfig(Section):
-    """Linear probe on features computed once, without augmentation."""
+    """Linear classifier on the frozen backbone: the settings of the authors' evaluate.py and README."""
 
     epochs: Annotated[int, Field(ge=1)] = 100
     batch_size: Annotated[int, Field(ge=1)] = 256
     lr: Annotated[float, Field(gt=0)] = 0.3
     weight_decay: Annotated[float, Field(ge=0)] = 1e-6
-    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    seed: Seed = 0
+
+
+class LinearFastConfig(Section):
+    """The same classifier on features computed beforehand, for many rates at once."""
+
+    passes: Annotated[int, Field(ge=0, le=100)] = Field(
+        2, description="Random crops of each image whose features are computed; 0 for its centre crop alone."
+    )
+    epochs: Annotated[int, Field(ge=1)] = 100
+    batch_size: Annotated[int, Field(ge=1)] = 256
+    lr: Rates = Field((0.01, 0.03, 0.1, 0.3, 1.0, 3.0), description="Learning rates to choose from.")
+    weight_decay: Penalties = Field((0.0, 1e-6, 1e-4), description="L2 penalties to choose from.")
+    held_out: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1, description="Share of the training images on which the choice is made."
+    )
+    seed: Seed = 0
+
+
+class SemisupConfig(Section):
+    """Fine-tuning on few labels: the settings of the authors' README, the same for 1 % and 10 %."""
+
+    epochs: Annotated[int, Field(ge=1)] = 20
+    batch_size: Annotated[int, Field(ge=2)] = 256
+    lr_backbone: Annotated[float, Field(gt=0)] = 0.005
+    lr_classifier: Annotated[float, Field(gt=0)] = 0.5
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    seed: Seed = 0
 
 
 class OnlineConfig(Section):
@@ -70,4 +101,6 @@ class EvalConfig(Section):
     features: FeaturesConfig = FeaturesConfig()
     knn: KnnConfig = KnnConfig()
     linear: LinearConfig = LinearConfig()
+    linear_fast: LinearFastConfig = LinearFastConfig()
+    semisup: SemisupConfig = SemisupConfig()
     online: OnlineConfig = OnlineConfig()

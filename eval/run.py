@@ -1,21 +1,27 @@
-"""From images to figures: extract the features of two datasets, then run a protocol on them."""
+"""From a backbone and two labelled datasets to figures: any protocol."""
 
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from eval.config import EvalConfig
 from eval.features import Progress, extract_features
+from eval.keeper import KEEP_NOTHING, Keeper
 from eval.knn import knn_accuracies
-from eval.linear import linear_probe
-from eval.result import EvalResult, summary
+from eval.linear import linear
+from eval.linear_fast import linear_fast
+from eval.result import DataSummary, EvalResult, summary
+from eval.semisup import semisup
+from eval.task import EvalTask
 from model.weights import IMAGENET, Normalisation, read_weights
 from pipelines.errors import DataError
 from pipelines.source import Source
 
-Features = tuple[Tensor, Tensor, Tensor, Tensor]  # features and labels of `train`, then of `test`
+Found = tuple[dict[str, float], dict[str, Any]]  # figures, and what to add to the settings
 
 
 def evaluate(
@@ -28,67 +34,88 @@ def evaluate(
     progress: Progress | None = None,
     *,
     normalisation: Normalisation | None = None,
+    keeper: Keeper = KEEP_NOTHING,
+    subset_K: np.ndarray | None = None,
 ) -> EvalResult:
-    """Run `protocol`, a key of `PROTOCOLS`: learn from the features of `train`, classify those of `test`.
+    """Run `protocol`, a key of `PROTOCOLS`: learn from `train`, or its samples `subset_K`; classify `test`.
 
-    `model` is a checkpoint, an exported file or a backbone. `normalisation` defaults to the file's own,
-    and to ImageNet's for a backbone. `progress` counts the images of both datasets.
+    Every rank of the process group, if there is one, must call it, and gets the result. `model` is a
+    checkpoint, an exported file or a backbone. `normalisation` defaults to the file's own, and to ImageNet's
+    for a backbone. `progress` counts images, and starts again for work of another kind. The same evaluation
+    goes on from what is in `keeper`.
 
     Raises `DataError` where the classes differ, an image cannot be read or there are too few training images;
-    `ModelError` where the file cannot be used.
+    `ModelError` where the file cannot be used or something diverges.
     """
-    features = _extract(model, train, test, config, device, progress, normalisation)
-    figures = PROTOCOLS[protocol](features, config, device)
-    settings = config.model_dump(mode="json", include={"features", protocol})
-    return EvalResult(protocol, settings, {"train": summary(train), "test": summary(test)}, figures)
-
-
-def _knn(features: Features, config: EvalConfig, device: torch.device | str) -> dict[str, float]:
-    """Weighted votes of the nearest neighbours."""
-    knn = config.knn
-    found = knn_accuracies(*features, (knn.k, *knn.also_k), knn.temperature, device, over_ranks=True)
-    return {"top1": found[knn.k]} | {f"top1_k{k}": found[k] for k in knn.also_k}
-
-
-def _linear(features: Features, config: EvalConfig, device: torch.device | str) -> dict[str, float]:
-    """A linear classifier."""
-    return asdict(linear_probe(*features, config.linear, device))
-
-
-# By the name of the section of `EvalConfig` that holds the protocol's settings.
-PROTOCOLS = {"knn": _knn, "linear": _linear}
-
-
-def _extract(
-    model: Path | nn.Module,
-    train: Source,
-    test: Source,
-    config: EvalConfig,
-    device: torch.device | str,
-    progress: Progress | None,
-    normalisation: Normalisation | None,
-) -> Features:
-    """Features and labels of `train`, then of `test`."""
     check_labels(train, test)
     if isinstance(model, nn.Module):
         backbone, normalisation = model, normalisation or IMAGENET
     else:
         weights = read_weights(model)
         backbone, normalisation = weights.build(), normalisation or weights.normalisation
+    task = EvalTask(
+        backbone,
+        normalisation,
+        train,
+        test,
+        config,
+        torch.device(device),
+        progress or (lambda done, total: None),
+        keeper,
+        subset_K,
+    )
+    figures, found = PROTOCOLS[protocol](task)
+    settings = config.model_dump(mode="json", include={"features", protocol.replace("-", "_")}) | found
+    learnt_from = (
+        summary(train)
+        if subset_K is None
+        else DataSummary(str(train.path), len(subset_K), len(train.classes))
+    )
+    return EvalResult(protocol, settings, {"train": learnt_from, "test": summary(test)}, figures)
 
-    total = len(train) + len(test)
-    outputs: list[Tensor] = []
-    for source, before in ((train, 0), (test, len(train))):
-        report = None if progress is None else _shifted(progress, before, total)
-        outputs += extract_features(
-            backbone, source, config.features, device, report, normalisation=normalisation
+
+def _knn(task: EvalTask) -> Found:
+    """Weighted votes of the nearest neighbours."""
+    total, features = len(task.train) + len(task.test), []
+    for source, name, before in ((task.train, "train", 0), (task.test, "test", len(task.train))):
+        features += extract_features(
+            task.backbone,
+            source,
+            task.config.features,
+            task.device,
+            lambda done, _, before=before: task.progress(before + done, total),
+            normalisation=task.normalisation,
+            keeper=task.keeper,
+            name=name,
         )
-    train_NF, train_labels_N, test_MF, test_labels_M = outputs
-    return train_NF, train_labels_N, test_MF, test_labels_M
+    knn = task.config.knn
+    found = knn_accuracies(*features, (knn.k, *knn.also_k), knn.temperature, task.device, over_ranks=True)
+    return {"top1": found[knn.k]} | {f"top1_k{k}": found[k] for k in knn.also_k}, {}
 
 
-def _shifted(progress: Progress, before: int, total: int) -> Progress:
-    return lambda done, _: progress(before + done, total)
+def _linear_fast(task: EvalTask) -> Found:
+    """A linear classifier on features that are computed beforehand."""
+    result = linear_fast(task)
+    tried = {
+        "chosen": result.chosen._asdict(),
+        "held_out_top1": list(result.held_out_top1.values()),  # by ascending rate, then weight decay
+    }
+    return {"top1": result.top1, "top5": result.top5}, tried
+
+
+def _semisup(task: EvalTask) -> Found:
+    """Backbone and classifier fine-tuned on few labels."""
+    learnt_from = len(task.train) if task.subset_K is None else len(task.subset_K)
+    return semisup(task), {"percent": round(100 * learnt_from / len(task.train), 2)}
+
+
+# By name; the section of `EvalConfig` with the protocol's settings has the same, with _ for -.
+PROTOCOLS: dict[str, Callable[[EvalTask], Found]] = {
+    "knn": _knn,
+    "linear": lambda task: (linear(task), {}),
+    "linear-fast": _linear_fast,
+    "semisup": _semisup,
+}
 
 
 def check_labels(train: Source, test: Source) -> None:
@@ -103,6 +130,12 @@ def check_labels(train: Source, test: Source) -> None:
             f"The classes of {train.path} and {test.path} differ ({_first_difference(train, test)}); "
             f"evaluate on two datasets with the same classes."
         )
+    for source in (train, test):
+        if source.labels_N.min() < 0 or source.labels_N.max() >= len(source.classes):
+            raise DataError(
+                f"{source.path} has labels from {source.labels_N.min()} to {source.labels_N.max()}, but "
+                f"{len(source.classes)} classes; convert the images again."
+            )
 
 
 def _first_difference(train: Source, test: Source) -> str:

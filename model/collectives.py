@@ -5,6 +5,8 @@ Autograd follows none of them but `differentiable_sum_over_ranks`.
 Shape legend: W ranks, n rows of this rank, N = W n rows of all, D columns, d columns of this rank.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -41,6 +43,15 @@ def from_first_rank(value: int, device: torch.device) -> int:
     shared = torch.tensor(value, device=device)
     dist.broadcast(shared, 0)
     return int(shared)
+
+
+def object_from_first_rank(value: Any) -> Any:
+    """The first rank's `value`, anything that can be pickled, on every rank; tensors should be on the CPU."""
+    if world_size() == 1:
+        return value
+    shared = [value]
+    dist.broadcast_object_list(shared, 0)
+    return shared[0]
 
 
 def gather_rows(x_nD: Tensor) -> Tensor:

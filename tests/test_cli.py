@@ -37,6 +37,7 @@ COMMANDS = [
     ["eval"],
     ["eval", "knn"],
     ["eval", "linear"],
+    ["eval", "semisup"],
     ["eval", "report"],
     ["audit"],
     ["eval", "transfer"],
@@ -69,6 +70,7 @@ RECIPE = {
         "features": {"image_size": 32, "resize": 32, "batch_size": 8, "workers": 0},
         "knn": {"k": 3},
         "linear": {"epochs": 2},
+        "linear_fast": {"epochs": 2, "passes": 0},
     },
 }
 
@@ -194,8 +196,8 @@ def test_demo_that_learns_too_little_says_so_and_fails(
 
 def test_evaluations_of_the_demo_can_be_repeated_by_hand(root: Path, demo_result: dict) -> None:
     for network, name in (("untrained network", "untrained.pt"), ("trained network", "checkpoint.pt")):
-        for protocol, key in (("knn", "kNN"), ("linear", "linear")):
-            result = measure("eval", protocol, root / "run" / name, root / "train.beton", root / "val.beton")
+        for command, key in ((["knn"], "kNN"), (["linear", "--mode", "fast"], "linear")):
+            result = measure("eval", *command, root / "run" / name, root / "train.beton", root / "val.beton")
             assert result["figures"]["top1"] == demo_result["accuracies"][network][key]
             sizes = {role: (part["images"], part["classes"]) for role, part in result["data"].items()}
             assert sizes == {"train": (18, 3), "test": (9, 3)}
@@ -275,12 +277,32 @@ def test_settings_come_from_the_weights_and_not_from_a_file_beside_them(
 
 def test_eval_help_names_the_built_in_defaults() -> None:
     defaults = EvalConfig()
-    for protocol, settings in (("knn", defaults.knn), ("linear", defaults.linear)):
-        command = typer.main.get_command(eval_app).commands[protocol]
-        helps = {parameter.name: getattr(parameter, "help", "") for parameter in command.params}
-        # `also_k` has no option of its own: it is all but the first --k.
-        for name, value in (settings.model_dump(exclude={"also_k"}) | defaults.features.model_dump()).items():
-            assert helps[name].endswith(f"; default: the run's own, or {value}."), name
+    # `also_k` has no option of its own: it is all but the first --k.
+    sections = {
+        "knn": defaults.knn.model_dump(exclude={"also_k"}),
+        "linear": defaults.linear.model_dump(exclude={"lr", "weight_decay"})
+        | defaults.linear_fast.model_dump(include={"passes"}),
+        "semisup": defaults.semisup.model_dump(),
+    }
+    helps = {name: helps_of(name) for name in sections}
+    for protocol, settings in sections.items():
+        for name, value in (settings | defaults.features.model_dump()).items():
+            assert helps[protocol][name].endswith(f"; default: the run's own, or {value}."), name
+    for mode in (defaults.linear, defaults.linear_fast):
+        assert (mode.epochs, mode.batch_size, mode.seed) == (100, 256, 0)
+    lr, decay = (helps["linear"][name] for name in ("lr", "weight_decay"))
+    grid = defaults.linear_fast
+    assert (
+        f"or {defaults.linear.lr}, or six from {min(grid.lr)} to {max(grid.lr):g}" in lr and len(grid.lr) == 6
+    )
+    assert f"or {defaults.linear.weight_decay}, or 0, 1e-06 and 0.0001" in decay
+    assert grid.weight_decay == (0, 1e-06, 0.0001)
+
+
+def helps_of(protocol: str) -> dict[str, str]:
+    """Of each option of the command."""
+    command = typer.main.get_command(eval_app).commands[protocol]
+    return {parameter.name: getattr(parameter, "help", "") for parameter in command.params}
 
 
 def test_unreadable_eval_settings_get_one_sentence(root: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -372,6 +394,13 @@ def test_bad_options_get_one_sentence(root: Path, checkpoint: Path) -> None:
     assert "eval.knn.k" in refuse("eval", "knn", checkpoint, *data, "--k", 0)
     assert "eval.knn.k" in refuse("eval", "knn", checkpoint, *data, "--k", 1000)
     assert "image_size" in refuse("eval", "knn", checkpoint, *data, "--image-size", 64)
+    assert "--mode fast" in refuse("eval", "linear", checkpoint, *data, "--passes", 1)
+    assert "--lr is given 2 times" in refuse("eval", "linear", checkpoint, *data, "--lr", 1, "--lr", 2)
+    assert "eval.linear_fast.lr" in refuse("eval", "linear", checkpoint, *data, "--mode", "fast", "--lr", 0)
+    assert "--percent or --list" in refuse("eval", "semisup", checkpoint, *data)
+    assert "at most 100, not 101" in refuse("eval", "semisup", checkpoint, *data, "--percent", 101)
+    assert "larger percentage" in refuse("eval", "semisup", checkpoint, *data, "--percent", 1)
+    assert "no.txt" in refuse("eval", "semisup", checkpoint, *data, "--list", "no.txt")
     assert "folder, ffcv" in refuse("bench", "loader", root / "images" / "train", "--only", "fastest")
 
 

@@ -13,12 +13,15 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from eval.config import FeaturesConfig
-from eval.features import extract_features
+from eval.features import extract_features, extract_share
 from model.backbones import build_backbone
 from model.errors import ModelError
 from model.weights import Normalisation
 from pipelines.errors import DataError
 from pipelines.source import FolderSource
+from tests.evaluations import MemoryKeeper, StoppedError, stop_after
+from tools.work_folder import WorkFolder
+from train.preemption import StopRequest
 
 CONFIG = FeaturesConfig(image_size=32, resize=36, batch_size=8, workers=0)
 
@@ -28,6 +31,11 @@ class Flatten(nn.Module):
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         return images_NCHW.flatten(1)
+
+
+class Broken(nn.Module):
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        raise RuntimeError("a bug")
 
 
 def evaluation_images(folder: Path, resize: int, size: int, mean: tuple, std: tuple) -> tuple[Tensor, Tensor]:
@@ -121,10 +129,6 @@ def test_killed_worker_is_one_sentence(images: Path) -> None:
 
 
 def test_errors_of_the_backbone_are_not_taken_for_dead_workers(images: Path) -> None:
-    class Broken(nn.Module):
-        def forward(self, images_NCHW: Tensor) -> Tensor:
-            raise RuntimeError("a bug")
-
     with pytest.raises(RuntimeError, match="a bug"):
         extract_features(Broken(), FolderSource(images), CONFIG, "cpu")
 
@@ -135,6 +139,59 @@ def test_diverged_backbone_is_an_error(images: Path) -> None:
     backbone.conv1.weight.data[0, 0, 0, 0] = float("nan")
     with pytest.raises(ModelError, match="not all finite"):
         extract_features(backbone, FolderSource(images), CONFIG, "cpu")
+
+
+def test_extraction_goes_on_after_the_last_finished_block(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eval.features.BLOCK_IMAGES", 6)  # batches of 4 and 2
+    config = CONFIG.model_copy(update={"batch_size": 4})
+    keeper, calls = MemoryKeeper(), []
+    with pytest.raises(StoppedError):  # in the third block
+        extract_features(Flatten(), FolderSource(images), config, "cpu", stop_after(5), keeper=keeper)
+    assert keeper.kept.keys() == {"features-0-6", "features-6-12"}
+    seen: list[int] = []
+
+    class Seeing(Flatten):
+        def forward(self, images_NCHW: Tensor) -> Tensor:
+            seen.append(len(images_NCHW))
+            return super().forward(images_NCHW)
+
+    found, labels = extract_features(
+        Seeing(), FolderSource(images), config, "cpu", lambda *call: calls.append(call), keeper=keeper
+    )
+    assert seen == [4, 2, 3]
+    assert calls == [(6, 21), (12, 21), (16, 21), (18, 21), (21, 21)]
+    whole, expected_labels = extract_features(Flatten(), FolderSource(images), CONFIG, "cpu")
+    assert torch.equal(found, whole) and torch.equal(labels, expected_labels)
+    share = extract_share(Broken(), FolderSource(images), config, "cpu", keeper=keeper)  # all is there
+    assert torch.equal(share.features_nF, whole) and (share.start, share.total) == (0, 21)
+
+
+def test_work_folder_keeps_what_is_whole_and_is_gone_at_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, value = tmp_path / "x.work" / "key", {"features": torch.arange(6.0), "step": 3}
+    keeper = WorkFolder(folder, StopRequest())
+    assert keeper.load("block") is None and not folder.exists()
+    keeper.save("block", value)
+    assert torch.equal(keeper.load("block")["features"], value["features"])
+    path = folder / "block.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert keeper.load("block") is None
+    assert f"{path} cannot be read" in caplog.text
+    keeper.remove()
+    assert list(tmp_path.iterdir()) == []
+    assert not keeper.is_due and WorkFolder(folder, StopRequest(signal=15)).is_due
+
+
+def test_work_goes_on_where_it_cannot_be_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    keeper = WorkFolder(tmp_path / "file" / "key", StopRequest())
+    keeper.save("block", 1)
+    keeper.save("block", 2)
+    assert caplog.text.count("Cannot keep unfinished work") == 1
+    keeper.remove()
 
 
 def test_crop_larger_than_the_resized_image_is_a_config_error() -> None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tools.cli_eval import BatchSize, ImageSize, Options, Resize, Workers, eval_settings
 from tools.console import progress_bar, say, show_json, show_table
+from tools.eval_options import ImageOptions, eval_settings, grouped
 from tools.options import Checkpoint, Device, Json
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from eval.audit.sample import Encoder
 
 
+@grouped
 def audit(
     checkpoint: Checkpoint,
     data: Annotated[
@@ -48,12 +49,10 @@ def audit(
             show_default="audit-CHECKPOINT-DATA/, beside the checkpoint",
         ),
     ] = None,
-    image_size: ImageSize = None,
-    resize: Resize = None,
-    batch_size: BatchSize = None,
-    workers: Workers = None,
     device: Device = "auto",
     as_json: Json = False,
+    *,
+    pixels: ImageOptions,
 ) -> None:
     """Look at what an encoder makes of images, before anybody relies on it.
 
@@ -78,12 +77,9 @@ def audit(
     from tools.results import file_hash
     from train.distributed import process_group
 
-    options = {
-        "features": {"image_size": image_size, "resize": resize, "batch_size": batch_size, "workers": workers}
-    }
     config = AuditConfig(images=images, seed=seed)
-    encoder = _encoder(checkpoint, options)
-    other = _encoder(against, options) if against else None
+    encoder = _encoder(checkpoint, pixels)
+    other = _encoder(against, pixels) if against else None
     out = out or checkpoint.parent / f"audit-{checkpoint.stem}-{data.stem}"
     prepare(out)
     with process_group(device) as world:
@@ -115,12 +111,12 @@ def audit(
         show_json(record)
 
 
-def _encoder(checkpoint: Path, options: Options) -> "Encoder":
+def _encoder(checkpoint: Path, pixels: ImageOptions) -> "Encoder":
     from eval.audit.sample import Encoder
     from model.weights import read_weights
 
     weights = read_weights(checkpoint)
-    features = eval_settings(weights, checkpoint, options).features
+    features = eval_settings(weights, checkpoint, pixels.given()).features
     return Encoder(weights.build(), weights.normalisation, features)
 
 

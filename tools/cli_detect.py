@@ -75,7 +75,7 @@ def detect(
     from tools.detect import DetectionJob, Stopped, run_detection
     from tools.results import default_place
     from train.errors import ConfigError
-    from train.launch import launch_ranks, show_notes
+    from train.launch import default_processes, launch_ranks, show_notes
 
     given = {"batch_size": batch_size, "lr": lr, "workers": workers, "seed": seed}
     config = _settings(protocol, iterations, short_side, given)
@@ -84,7 +84,7 @@ def detect(
         raise ConfigError(f"--out {out} must not end in .pt; name a .json file.")
     job = DetectionJob(protocol, checkpoint, root, config, device, out)
     show_notes()
-    num_processes = 1 if "RANK" in os.environ else procs or _default_processes(device)
+    num_processes = 1 if "RANK" in os.environ else procs or default_processes(device)
     is_main = int(os.environ.get("RANK", 0)) == 0
     try:
         with _progress() if is_main else nullcontext() as on_report:
@@ -127,12 +127,6 @@ def _settings(
         option = "--" + str(first["loc"][0]).replace("_", "-")
         rule = first["msg"].replace("Input should", "should")
         raise ConfigError(f"{option}: {rule}, not {first['input']!r}; change the option.") from None
-
-
-def _default_processes(device: str) -> int:
-    import torch
-
-    return 1 if device == "cpu" else max(1, torch.cuda.device_count())
 
 
 def _tell(record: dict[str, Any], job: "DetectionJob", *, as_json: bool) -> None:

@@ -1,38 +1,37 @@
-"""`fastbarlow eval ...`: how good the frozen features of a backbone are."""
+"""`fastbarlow eval ...`: how good the features of a trained backbone are."""
 
+import os
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tools.console import progress_bar, say, show_json, show_result
-from tools.options import Checkpoint, Device, Json, ResultFile
+from tools.console import (
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    leave,
+    progress_bar,
+    say,
+    show_json,
+    show_result,
+)
+from tools.eval_options import ImageOptions, Options, OutputOptions, RankOptions, eval_settings, grouped
+from tools.options import Checkpoint
 
 if TYPE_CHECKING:
-    from eval.config import EvalConfig
-    from model.weights import BackboneWeights
+    from tools.evaluate import EvalJob
 
 Train = Annotated[
     Path, typer.Argument(metavar="TRAIN", help="Labelled images: a .beton file or a class folder.")
 ]
 Test = Annotated[Path, typer.Argument(metavar="TEST", help="Images to classify, of the same classes.")]
-ImageSize = Annotated[
-    int | None, typer.Option(help="Side of the centre crop, in pixels; default: the run's own, or 224.")
-]
-Resize = Annotated[
-    int | None, typer.Option(help="Short side before the crop, in pixels; default: the run's own, or 256.")
-]
-BatchSize = Annotated[
-    int | None, typer.Option(help="Images in one pass of the backbone; default: the run's own, or 256.")
-]
-Workers = Annotated[int | None, typer.Option(help="Decoding processes; default: the run's own, or 8.")]
-
-Options = dict[str, dict[str, Any]]  # by section and key of EvalConfig; None where not given
 
 eval_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="""Measure how good the frozen features of a trained backbone are.
+    help="""Measure how good the features of a trained backbone are.
 
     Options that are not given follow the eval section of the run's config, which its checkpoint holds. A
     .pth or .safetensors file holds none: there the built-in defaults count, which suit ImageNet.""",
@@ -40,6 +39,7 @@ eval_app = typer.Typer(
 
 
 @eval_app.command()
+@grouped
 def knn(
     checkpoint: Checkpoint,
     train: Train,
@@ -56,70 +56,187 @@ def knn(
         float | None,
         typer.Option(help="t of the votes' weights exp(similarity / t); default: the run's own, or 0.07."),
     ] = None,
-    image_size: ImageSize = None,
-    resize: Resize = None,
-    batch_size: BatchSize = None,
-    workers: Workers = None,
-    device: Device = "auto",
-    out: ResultFile = None,
-    as_json: Json = False,
+    *,
+    images: ImageOptions,
+    ranks: RankOptions,
+    output: OutputOptions,
 ) -> None:
     """Classify TEST by the weighted votes of the nearest neighbours in TRAIN.
 
-    Needs no training of its own. Prints the share of right answers. Its result is a JSON file, too.
+    Needs no training of its own. Prints the share of right answers. Its result is a JSON file, too. Under
+    torchrun each process takes its share of the images, and --procs does not count.
 
     Examples
 
         fastbarlow eval knn runs/a/checkpoint.pt train.beton val.beton
         fastbarlow eval knn resnet50.pth imagenet/train imagenet/val --k 20 --k 200 --json
     """
-    features = {"image_size": image_size, "resize": resize, "batch_size": batch_size, "workers": workers}
-    options = {"features": features, "knn": {"temperature": temperature}}
+    settings: dict[str, Any] = {"temperature": temperature}
     if k:
-        options["knn"] |= {"k": k[0], "also_k": tuple(k[1:])}
-    _evaluate("knn", checkpoint, train, test, options, device, out, as_json)
+        settings |= {"k": k[0], "also_k": tuple(k[1:])}
+    _evaluate("knn", checkpoint, train, test, {"knn": settings}, images, ranks, output)
 
 
 @eval_app.command()
+@grouped
 def linear(
     checkpoint: Checkpoint,
     train: Train,
     test: Test,
+    mode: Annotated[
+        Literal["authors", "fast"],
+        typer.Option(help="authors: as in the paper. fast: on features that are computed beforehand."),
+    ] = "authors",
+    passes: Annotated[
+        int | None,
+        typer.Option(
+            help="fast: random crops of each image, 0 for its centre crop alone; default: the run's own, "
+            "or 2."
+        ),
+    ] = None,
     epochs: Annotated[
-        int | None, typer.Option(help="Passes over the training features; default: the run's own, or 100.")
+        int | None, typer.Option(help="Passes over TRAIN; default: the run's own, or 100.")
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(help="First learning rate of the cosine; default: the run's own, or 0.3.")
+        list[float] | None,
+        typer.Option(
+            help="First learning rate of the cosine; fast: may be given several times, to choose from; "
+            "default: the run's own, or 0.3, or six from 0.01 to 3."
+        ),
     ] = None,
     weight_decay: Annotated[
-        float | None, typer.Option(help="L2 penalty of the classifier; default: the run's own, or 1e-06.")
+        list[float] | None,
+        typer.Option(
+            help="L2 penalty of the classifier; fast: may be given several times, to choose from; default: "
+            "the run's own, or 1e-06, or 0, 1e-06 and 0.0001."
+        ),
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(help="Of the classifier's weights and the order; default: the run's own, or 0."),
+        typer.Option(help="Of the classifier's weights, crops and order; default: the run's own, or 0."),
     ] = None,
-    image_size: ImageSize = None,
-    resize: Resize = None,
-    batch_size: BatchSize = None,
-    workers: Workers = None,
-    device: Device = "auto",
-    out: ResultFile = None,
-    as_json: Json = False,
+    *,
+    images: ImageOptions,
+    ranks: RankOptions,
+    output: OutputOptions,
 ) -> None:
-    """Train a linear classifier on the features of TRAIN and test it on TEST.
+    """Train a linear classifier on frozen features of TRAIN and test it on TEST.
 
-    Features are computed once, without augmentation, so the figure is a little below that of a probe that
-    augments. Prints the shares of right answers, first guess and among five. Its result is a JSON file, too.
+    --mode authors is the paper's protocol (section 3.1), with the settings of the authors' code: SGD for 100
+    epochs on new random crops and flips in each, batches of 256, a cosine from 0.3. top1 and top5 are those
+    after the last epoch; best_top1 and best_top5 of the best epoch, chosen on TEST, are what the authors
+    report.
+
+    --mode fast computes the features of a few random crops of each image once, trains classifiers with all
+    learning rates and weight decays at once, takes the best on a held-out tenth of TRAIN, and trains that one
+    on all of TRAIN.
+
+    An evaluation that was stopped goes on where it was; SIGTERM and SIGUSR1 end it with exit code 75. Its
+    result is a JSON file, too. Under torchrun each process takes its share of every batch, and --procs does
+    not count.
 
     Examples
 
         fastbarlow eval linear runs/a/checkpoint.pt train.beton val.beton
-        fastbarlow eval linear resnet50.pth train.beton val.beton --epochs 50 --lr 1.0 --json
+        fastbarlow eval linear resnet50.pth train.beton val.beton --mode fast --passes 4 --lr 0.1 --lr 1
+        torchrun --nproc-per-node 8 --no-python fastbarlow eval linear resnet50.pth train.beton val.beton
     """
-    features = {"image_size": image_size, "resize": resize, "batch_size": batch_size, "workers": workers}
-    probe = {"epochs": epochs, "lr": lr, "weight_decay": weight_decay, "seed": seed}
-    options = {"features": features, "linear": probe}
-    _evaluate("linear", checkpoint, train, test, options, device, out, as_json)
+    from train.errors import ConfigError
+
+    common = {"epochs": epochs, "seed": seed}
+    if mode == "fast":
+        grids = {
+            "lr": tuple(lr) if lr else None,
+            "weight_decay": tuple(weight_decay) if weight_decay else None,
+        }
+        options = {"linear_fast": common | grids | {"passes": passes}}
+        _evaluate("linear-fast", checkpoint, train, test, options, images, ranks, output)
+        return
+    if passes is not None:
+        raise ConfigError("--passes belongs to --mode fast; in the mode authors each epoch has new crops.")
+    for name, given in (("--lr", lr), ("--weight-decay", weight_decay)):
+        if given and len(given) > 1:
+            raise ConfigError(f"{name} is given {len(given)} times, which is for --mode fast; give one.")
+    single = {"lr": lr[0] if lr else None, "weight_decay": weight_decay[0] if weight_decay else None}
+    _evaluate("linear", checkpoint, train, test, {"linear": common | single}, images, ranks, output)
+
+
+@eval_app.command()
+@grouped
+def semisup(
+    checkpoint: Checkpoint,
+    train: Train,
+    test: Test,
+    percent: Annotated[
+        float | None, typer.Option(help="Of TRAIN's images, as many of each class; drawn by the seed.")
+    ] = None,
+    subset: Annotated[
+        Path | None,
+        typer.Option(
+            "--list", metavar="FILE.txt", help="Which images instead: a file name or sample number per line."
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over these images; default: the run's own, or 20.")
+    ] = None,
+    lr_backbone: Annotated[
+        float | None,
+        typer.Option(help="First learning rate of the backbone; default: the run's own, or 0.005."),
+    ] = None,
+    lr_classifier: Annotated[
+        float | None,
+        typer.Option(help="First learning rate of the classifier; default: the run's own, or 0.5."),
+    ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="L2 penalty of both; default: the run's own, or 0.0.")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Of draw, classifier, crops and order; default: the run's own, or 0."),
+    ] = None,
+    *,
+    images: ImageOptions,
+    ranks: RankOptions,
+    output: OutputOptions,
+) -> None:
+    """Fine-tune the backbone and a classifier on few labelled images of TRAIN and test them on TEST.
+
+    The paper's protocol (section 3.2), with the settings of the authors' README, which they took for 1 % and
+    10 %: SGD for 20 epochs on random crops and flips, batches of 256, no weight decay, a cosine. Batch-norm
+    learns along, with the statistics of the whole batch on any number of processes. top1 and top5 are those
+    after the last epoch; best_top1 and best_top5 of the best epoch, chosen on TEST, are what the authors
+    report.
+
+    SimCLR's lists 1percent.txt and 10percent.txt, which the paper uses, are read as they are; they name
+    files, so TRAIN must then be the folder of images. The images that --percent draws are listed beside the
+    result, so that others can take the same.
+
+    An evaluation that was stopped goes on where it was; SIGTERM and SIGUSR1 end it with exit code 75. Its
+    result is a JSON file, too. Under torchrun each process takes its share of every batch, and --procs does
+    not count.
+
+    Examples
+
+        fastbarlow eval semisup runs/a/checkpoint.pt imagenet/train val.beton --list 1percent.txt
+        fastbarlow eval semisup resnet50.pth train.beton val.beton --percent 10 --seed 1 --procs 8
+    """
+    from train.errors import ConfigError
+
+    if (percent is None) == (subset is None):
+        raise ConfigError("Give either --percent or --list: which images to learn from.")
+    if percent is not None and not 0 < percent <= 100:
+        raise ConfigError(f"--percent must be above 0 and at most 100, not {percent:g}.")
+    settings = {
+        "epochs": epochs,
+        "lr_backbone": lr_backbone,
+        "lr_classifier": lr_classifier,
+        "weight_decay": weight_decay,
+        "seed": seed,
+    }
+    which = {"percent": percent, "subset": subset}
+    kind = f"semisup-{subset.stem if subset else f'{percent:g}'}"
+    options = {"semisup": settings}
+    _evaluate("semisup", checkpoint, train, test, options, images, ranks, output, kind, **which)
 
 
 def _evaluate(
@@ -128,63 +245,57 @@ def _evaluate(
     train: Path,
     test: Path,
     options: Options,
-    device: str,
-    out: Path | None,
-    as_json: bool,
+    images: ImageOptions,
+    ranks: RankOptions,
+    output: OutputOptions,
+    kind: str | None = None,
+    **which: Any,
 ) -> None:
-    from eval.run import evaluate
+    """Run the protocol and tell its result; `kind` is for the name of its file, `which` for `EvalJob`."""
     from model.weights import read_weights
-    from pipelines.source import open_source
-    from tools.results import default_place, result_record, write_record
-    from train.distributed import process_group
+    from tools.evaluate import EvalJob
+    from tools.results import default_place
 
-    weights = read_weights(checkpoint)
-    config = eval_settings(weights, checkpoint, options)
-    sources = open_source(train), open_source(test)
-    with process_group(device) as world, progress_bar("extracting features") as progress:
-        result = evaluate(
-            protocol,
-            weights.build(),
-            *sources,
-            config,
-            world.device,
-            progress,
-            normalisation=weights.normalisation,
-        )
-        record = result_record(result, checkpoint, world.device)
-    out = out or default_place(checkpoint, protocol, test)
-    write_record(record, out)
-    features, trained_on, tested_on = config.features, result.data["train"], result.data["test"]
-    show_result(result, as_json=as_json)
+    config = eval_settings(read_weights(checkpoint), checkpoint, options | images.given())
+    out = output.out or default_place(checkpoint, kind or protocol, test)
+    job = EvalJob(protocol, checkpoint, train, test, config, output.device, out, ranks.work, **which)
+    record = _run(job, ranks.procs)
+    if record is None:
+        return
+    show_result(record, as_json=output.as_json)
+    learnt_from, tested_on = record["data"]["train"], record["data"]["test"]
     say(
-        f"{trained_on.images:,} labelled images, {tested_on.images:,} to classify, "
-        f"{tested_on.classes} classes; short side {features.resize} px, centre crop "
-        f"{features.image_size} px. Written to {out}.",
-        as_json=as_json,
+        f"{learnt_from['images']:,} labelled images, {tested_on['images']:,} to classify, "
+        f"{tested_on['classes']} classes; short side {config.features.resize} px, centre crop "
+        f"{config.features.image_size} px. Written to {out}.",
+        as_json=output.as_json,
     )
-    if as_json:
+    if "chosen" in record["settings"]:
+        chosen = record["settings"]["chosen"]
+        say(
+            f"Chosen: learning rate {chosen['lr']:g}, weight decay {chosen['weight_decay']:g}.",
+            as_json=output.as_json,
+        )
+    if output.as_json:
         show_json(record)
 
 
-def eval_settings(weights: "BackboneWeights", checkpoint: Path, options: Options) -> "EvalConfig":
-    """The run's own eval settings, or the defaults, with the options that were given in their place."""
-    remedy = "export the backbone and evaluate the exported file"
-    settings = _validated(weights.eval_settings or {}, f"{checkpoint}: ", remedy).model_dump()
-    for section, given in options.items():
-        settings[section] |= {name: value for name, value in given.items() if value is not None}
-    return _validated(settings, "", "change the option")
+def _run(job: "EvalJob", procs: int | None) -> dict[str, Any] | None:
+    """The result's record; None on other ranks than the first."""
+    from tools.evaluate import run_job
+    from tools.work_folder import StoppedError
+    from train.launch import default_processes, launch_ranks, show_notes
 
-
-def _validated(settings: dict[str, Any], where: str, remedy: str) -> "EvalConfig":
-    from pydantic import ValidationError
-
-    from eval.config import EvalConfig
-    from train.errors import ConfigError
-
+    show_notes()
+    num_processes = 1 if "RANK" in os.environ else procs or default_processes(job.device)
+    is_main = int(os.environ.get("RANK", 0)) == 0
     try:
-        return EvalConfig.model_validate(settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(("eval", *map(str, first["loc"])))
-        rule = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
-        raise ConfigError(f"{where}{key}: {rule}, not {first['input']!r}; {remedy}.") from None
+        with progress_bar(f"eval {job.protocol}") if is_main else nullcontext() as bar:
+            on_progress = (lambda report: bar(*report)) if is_main else None
+            run = partial(run_job, job)
+            record = launch_ranks(run, num_processes, on_progress) if num_processes > 1 else run(on_progress)
+    except StoppedError as error:
+        leave(str(error), EXIT_PREEMPTED)
+    except KeyboardInterrupt:
+        leave("Interrupted; the same command goes on from what was finished.", EXIT_INTERRUPTED)
+    return record if is_main else None

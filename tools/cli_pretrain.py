@@ -78,7 +78,7 @@ def pretrain(
         _submit(run, slurm, procs, as_json=as_json)
         return
     join_step()
-    num_processes = 1 if "RANK" in os.environ else procs or default_processes(run)
+    num_processes = 1 if "RANK" in os.environ else procs or default_processes(run.train.device)
     is_main = int(os.environ.get("RANK", 0)) == 0
     try:
         with training_progress() if is_main else nullcontext() as on_step:

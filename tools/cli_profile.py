@@ -78,7 +78,7 @@ def profile(
     check_writable(out)
     show_notes()
     join_step()
-    processes = 1 if "RANK" in os.environ else procs or default_processes(run)
+    processes = 1 if "RANK" in os.environ else procs or default_processes(run.train.device)
     is_main = int(os.environ.get("RANK", 0)) == 0
     with _progress() if is_main else nullcontext() as on_progress:
         if processes > 1:

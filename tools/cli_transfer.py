@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
-from tools.cli_eval import BatchSize, ImageSize, Resize, Workers, eval_settings
 from tools.console import progress_bar, say, show_json, show_result, show_table
-from tools.options import Checkpoint, Device, Json, ResultFile
+from tools.eval_options import ImageOptions, OutputOptions, eval_settings, grouped
+from tools.options import Checkpoint, Device, Json
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Section = TypeVar("Section", bound="BaseModel")
 
 
+@grouped
 def transfer(
     name: Annotated[
         Literal["places205", "inat18", "folder"],
@@ -43,13 +44,9 @@ def transfer(
         bool, typer.Option("--batch-norm/--no-batch-norm", help="Batch-norm before the linear layer.")
     ] = True,
     seed: Annotated[int | None, typer.Option(help="Of the layer's weights and the order. [0]")] = None,
-    image_size: ImageSize = None,
-    resize: Resize = None,
-    batch_size: BatchSize = None,
-    workers: Workers = None,
-    device: Device = "auto",
-    out: ResultFile = None,
-    as_json: Json = False,
+    *,
+    images: ImageOptions,
+    output: OutputOptions,
 ) -> None:
     """Train a linear classifier on the frozen features of another data set, with the paper's settings.
 
@@ -74,13 +71,12 @@ def transfer(
     from train.distributed import process_group
 
     weights = read_weights(checkpoint)
-    given = {"image_size": image_size, "resize": resize, "batch_size": batch_size, "workers": workers}
-    features = eval_settings(weights, checkpoint, {"features": given}).features
+    features = eval_settings(weights, checkpoint, images.given()).features
     changed = {"epochs": epochs, "lr": lr, "weight_decay": weight_decay, "seed": seed}
     changed |= {"normalise": normalise, "milestones": tuple(milestone) if milestone else None}
     changed = {key: value for key, value in changed.items() if value is not None}
     config = _checked(TransferConfig, SETTINGS[name].model_dump() | changed)
-    with process_group(device) as world, progress_bar("extracting features") as progress:
+    with process_group(output.device) as world, progress_bar("extracting features") as progress:
         result = measure(
             name,
             weights.build(),
@@ -92,14 +88,15 @@ def transfer(
             normalisation=weights.normalisation,
         )
         record = result_record(result, checkpoint, world.device)
-    out = out or default_place(checkpoint, result.protocol, root)
+    out = output.out or default_place(checkpoint, result.protocol, root)
     write_record(record, out)
-    show_result(result, as_json=as_json)
-    say(f"{config.epochs} epochs without augmentation. Written to {out}.", as_json=as_json)
-    if as_json:
+    show_result(record, as_json=output.as_json)
+    say(f"{config.epochs} epochs without augmentation. Written to {out}.", as_json=output.as_json)
+    if output.as_json:
         show_json(record)
 
 
+@grouped
 def voc07(
     checkpoint: Checkpoint,
     devkit: Annotated[
@@ -122,13 +119,9 @@ def voc07(
             min=1, help="Processes that fit the machines, of up to 1.5 GB each. [the cores at hand]"
         ),
     ] = None,
-    image_size: ImageSize = None,
-    resize: Resize = None,
-    batch_size: BatchSize = None,
-    workers: Workers = None,
-    device: Device = "auto",
-    out: ResultFile = None,
-    as_json: Json = False,
+    *,
+    images: ImageOptions,
+    output: OutputOptions,
 ) -> None:
     """Classify PASCAL VOC 2007 with linear SVMs on frozen features: train on trainval, test on test.
 
@@ -152,10 +145,9 @@ def voc07(
     from train.distributed import process_group
 
     weights = read_weights(checkpoint)
-    given = {"image_size": image_size, "resize": resize, "batch_size": batch_size, "workers": workers}
-    features = eval_settings(weights, checkpoint, {"features": given}).features
+    features = eval_settings(weights, checkpoint, images.given()).features
     config = _checked(Voc07Config, {"grid": grid, "folds": folds} | ({"costs": tuple(cost)} if cost else {}))
-    with process_group(device) as world, progress_bar("images, then classes") as progress:
+    with process_group(output.device) as world, progress_bar("images, then classes") as progress:
         result, by_class = measure(
             weights.build(),
             devkit,
@@ -168,20 +160,23 @@ def voc07(
         )
         record = result_record(result, checkpoint, world.device)
     record["classes"] = {name: asdict(figures) for name, figures in by_class.items()}
-    out = out or default_place(checkpoint, "voc07", Path("VOC2007"))
+    out = output.out or default_place(checkpoint, "voc07", Path("VOC2007"))
     write_record(record, out)
     rows = [("class", "AP", "11 points", "cost")]
     rows += [
         (name, f"{of.average_precision:.2%}", f"{of.eleven_point:.2%}", f"{of.cost:g}")
         for name, of in by_class.items()
     ]
-    show_table("Classes", rows, as_json=as_json)
-    show_result(result, as_json=as_json)
+    show_table("Classes", rows, as_json=output.as_json)
+    show_result(record, as_json=output.as_json)
     unconverged = sum(of.unconverged for of in by_class.values())
     if unconverged:
-        say(f"{unconverged} fits stopped at the limit of iterations, which VISSL has too.", as_json=as_json)
-    say(f"Written to {out}.", as_json=as_json)
-    if as_json:
+        say(
+            f"{unconverged} fits stopped at the limit of iterations, which VISSL has too.",
+            as_json=output.as_json,
+        )
+    say(f"Written to {out}.", as_json=output.as_json)
+    if output.as_json:
         show_json(record)
 
 

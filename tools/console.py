@@ -2,25 +2,34 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column, Table
+from rich.text import Text
 from typer.core import TyperGroup
 
 from train.errors import USER_ERRORS
 from train.metrics import StepReport
 
-if TYPE_CHECKING:
-    from eval.result import EvalResult
-
 EXIT_SHORTFALL, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 EXIT_PREEMPTED = 75  # sysexits.h: EX_TEMPFAIL, a failure that passes; schedulers can be told to requeue on it
+
+LINE_SECONDS = 30  # between two lines about progress, where there is no terminal
 
 Progressor = Callable[..., None]  # done, total or None, and what is being done where that changes
 
@@ -66,27 +75,79 @@ def show_table(title: str, rows: Sequence[Sequence[str]], *, as_json: bool = Fal
     console.print(table)
 
 
-def show_result(result: "EvalResult", *, as_json: bool = False) -> None:
-    """The figures of an evaluation."""
-    rows = [("", *result.figures), (result.protocol, *(f"{share:.2%}" for share in result.figures.values()))]
-    show_table(f"{result.protocol} on {result.data['test'].path}", rows, as_json=as_json)
+def show_result(record: Mapping[str, Any], *, as_json: bool = False) -> None:
+    """The figures of an evaluation; see `tools.results` for its record."""
+    protocol, figures = record["protocol"], record["figures"]
+    rows = [("", *figures), (protocol, *(f"{share:.2%}" for share in figures.values()))]
+    show_table(f"{protocol} on {record['data']['test']['path']}", rows, as_json=as_json)
 
 
 @contextmanager
 def progress_bar(description: str) -> Iterator[Progressor]:
-    """A bar on standard error while the block runs, if that is a terminal; gives the function to move it."""
+    """Done, rate and time left on standard error while the block runs; gives the function to move it.
+
+    A bar on a terminal, elsewhere a line every `LINE_SECONDS`. A number of things done that is smaller than
+    the last one begins something new.
+    """
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Lines(description)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        _RateColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(description, total=None)
-        yield lambda done, total, now=description: progress.update(
-            task, completed=done, total=total, description=now
-        )
+        last: int | None = None
+
+        def move(done: int, total: int | None, now: str = description) -> None:
+            nonlocal last
+            if last is None or done < last:  # what was done before the first report took no time
+                progress.reset(task, total=total, completed=done)
+            progress.update(task, completed=done, total=total, description=now)
+            last = done
+
+        yield move
+
+
+class _RateColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else _rate(speed))
+
+
+class _Lines:
+    """The same, where there is no terminal."""
+
+    def __init__(self, description: str) -> None:
+        self._description = description
+        self._begun = self._told = 0.0
+        self._first = self._last = -1  # done at the beginning and at the last call
+
+    def __call__(self, done: int, total: int | None, now: str | None = None) -> None:
+        clock = time.monotonic()
+        if self._first < 0 or done < self._last:
+            self._begun = self._told = clock
+            self._first = done
+        self._last = done
+        if clock - self._told < LINE_SECONDS:
+            return
+        self._told = clock
+        rate = (done - self._first) / (clock - self._begun)
+        parts = [f"{now or self._description}: {done:,}"]
+        parts[0] += "" if total is None else f" of {total:,}"
+        parts.append(_rate(rate))
+        if total is not None and rate > 0:
+            parts.append(f"{timedelta(seconds=round((total - done) / rate))} left")
+        print("  ".join(parts), file=sys.stderr, flush=True)
+
+
+def _rate(per_second: float) -> str:
+    return f"{per_second:,.0f}/s" if per_second >= 10 else f"{per_second:.2g}/s"
 
 
 @contextmanager

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eval.features import extract_features
+from eval.features import FeatureShare, extract_features
 from eval.knn import knn_accuracy
-from eval.linear import linear_probe
+from eval.linear_fast import choose_and_train
 from model.loss.reference import cross_correlation
 from model.twin import Twin
 from model.weights import Normalisation
@@ -178,7 +178,8 @@ def _settings(config: RunConfig, train_images: int, val_images: int) -> dict[str
         "loss": f"redundancy weighs {model.loss.off_diagonal_weight}, algorithm {model.loss.algorithm}",
         "training": f"{train.epochs} epochs, batch {train.batch_size}, {train.precision}, seed {config.seed}",
         "kNN": f"k = {config.eval.knn.k}, temperature {config.eval.knn.temperature}",
-        "linear probe": f"{config.eval.linear.epochs} epochs",
+        "linear probe": f"{config.eval.linear_fast.epochs} epochs on centre crops, its rate chosen on "
+        "held-out training images",
     }
 
 
@@ -211,15 +212,14 @@ class _Evaluation:
         augment, settings = self.config.data.augment, self.config.eval
         normalisation = Normalisation(augment.mean, augment.std)
         features = [
-            tensor
+            extract_features(backbone, source, settings.features, self.device, normalisation=normalisation)
             for source in (self.train, self.val)
-            for tensor in extract_features(
-                backbone, source, settings.features, self.device, normalisation=normalisation
-            )
         ]
+        train, val = (FeatureShare(*of_part, start=0, total=len(of_part[0])) for of_part in features)
+        classes, probe = len(self.train.classes), settings.linear_fast
         return {
-            "kNN": knn_accuracy(*features, settings.knn, self.device),
-            "linear": linear_probe(*features, settings.linear, self.device).top1,
+            "kNN": knn_accuracy(*features[0], *features[1], settings.knn, self.device),
+            "linear": choose_and_train([train], val, classes, probe, self.device).top1,
         }
 
 

@@ -6,6 +6,7 @@
 
 import hashlib
 import json
+import tempfile
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -35,6 +36,19 @@ def result_record(result: EvalResult, checkpoint: Path, device: torch.device) ->
 def default_place(checkpoint: Path, protocol: str, data: Path) -> Path:
     """Where the result of a protocol on the dataset `data` goes if nobody says otherwise."""
     return Path(checkpoint).parent / FOLDER / f"{Path(checkpoint).stem}-{protocol}-{Path(data).stem}.json"
+
+
+def check_place(out: Path) -> None:
+    """Raise `TrainingError` unless a result can be written to `out`; makes its folder."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+        reason = "it is a folder" if out.is_dir() else None
+    except OSError as error:
+        reason = error.strerror
+    if reason is not None:
+        raise TrainingError(f"Cannot write the result to {out}: {reason}; choose another place with --out.")
 
 
 def write_record(record: dict[str, Any], out: Path) -> None:

@@ -90,9 +90,9 @@ def meeting_point(num_processes: int) -> Iterator[list[dict[str, str]]]:
     yield [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
 
 
-def default_processes(config: RunConfig) -> int:
-    """One per GPU of this machine, or one where the run is on the CPU."""
-    return 1 if config.train.device == "cpu" else max(1, torch.cuda.device_count())
+def default_processes(device_choice: str) -> int:
+    """One per GPU of this machine, or one for "cpu"; see `process_group` for the choice."""
+    return 1 if device_choice == "cpu" else max(1, torch.cuda.device_count())
 
 
 def show_notes() -> None:

@@ -1,0 +1,39 @@
+"""One rank of the multi-process test of the evaluations: images in; features, figures and weights out."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import eval.features
+from eval.classifier import KEPT
+from eval.features import extract_features
+from eval.linear import linear
+from eval.linear_fast import linear_fast
+from eval.semisup import semisup
+from pipelines.source import FolderSource
+from tests.evaluations import RANK_SETTINGS, RANK_SUBSET, MemoryKeeper, task_of
+from tools.evaluate import run_job
+from train.distributed import process_group
+
+
+def measure(folder: Path) -> dict:
+    """Everything that one rank should find as well as several."""
+    sources = FolderSource(folder / "train"), FolderSource(folder / "test")
+    eval.features.BLOCK_IMAGES = 4
+    task = task_of(*sources, RANK_SETTINGS)
+    found = {"features": extract_features(task.backbone, sources[0], task.config.features, "cpu")}
+    for name, protocol, subset in (("linear", linear, None), ("semisup", semisup, RANK_SUBSET)):
+        keeper = MemoryKeeper()
+        figures = protocol(task_of(*sources, RANK_SETTINGS, subset_K=subset, keeper=keeper))
+        found[name] = figures, keeper.kept.get(KEPT)
+    found["linear-fast"] = asdict(linear_fast(task))
+    return found
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    with process_group("cpu") as world:
+        torch.save(measure(folder), folder / f"{world.rank}.pt")
+    run_job(torch.load(folder / "job.pt", weights_only=False))
