@@ -28,9 +28,12 @@ from model.weights import IMAGENET, Normalisation, read_weights
 from pipelines.errors import DataError
 from pipelines.source import FolderSource
 from tests.evaluations import RANK_SETTINGS, RANK_SUBSET, MemoryKeeper, task_of
+from tests.ranks.evaluations import rank
 from tools.evaluate import EvalJob, run_job
 from tools.work_folder import StoppedError
 from train.errors import TrainingError
+from train.launch import launch_ranks
+from train.preemption import STOP_SIGNALS
 
 CONFIG = EvalConfig.model_validate(
     {
@@ -156,13 +159,16 @@ def job(checkpoint: Path, sources: tuple, tmp_path: Path) -> EvalJob:
 
 
 def test_two_ranks_find_what_one_finds(
-    job: EvalJob, tmp_path: Path, write_images: Callable, run_ranks: Callable
+    job: EvalJob, tmp_path: Path, write_images: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_images(tmp_path / "train", ["a", "b", "c"], per_class=7, seed=1)
     write_images(tmp_path / "test", ["a", "b", "c"], per_class=5, seed=2)
     job = replace(job, protocol="knn", percent=None)
-    torch.save(job, tmp_path / "job.pt")
-    run_ranks(2, "evaluations.py", tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    reports: list[tuple[int, int]] = []
+    waiting = launch_ranks(partial(rank, tmp_path, job), 2, reports.append)
+    assert set(STOP_SIGNALS) <= waiting  # of rank 0, which is started first
+    assert reports[-1] == (45, 45)
     written = json.loads(job.out.read_text())
     assert not job.out.with_suffix(".work").exists()
     assert written == json.loads(json.dumps(run_job(job)))
@@ -178,14 +184,14 @@ def test_two_ranks_find_what_one_finds(
         "semisup": semisup(task_of(*sources, RANK_SETTINGS, keeper=keepers["semisup"], subset_K=RANK_SUBSET)),
     }
     fast = asdict(linear_fast(task))
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+    for number in range(2):
+        found = torch.load(tmp_path / f"{number}.pt", weights_only=False)
         torch.testing.assert_close(found["features"][0], features, rtol=1e-5, atol=1e-6)
         assert torch.equal(found["features"][1], labels)
         assert found["linear-fast"] == fast
         for protocol, keeper in keepers.items():
             assert found[protocol][0] == figures[protocol]
-            if rank == 0:  # which keeps the state
+            if number == 0:  # which keeps the state
                 for part in ("classifier", "backbone"):
                     for name, value in keeper.kept[KEPT][part].items():
                         other = found[protocol][1][part][name]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum, auto
 from functools import partial
-from multiprocessing import parent_process
+from multiprocessing import parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
@@ -56,6 +56,7 @@ def launch_ranks(job: Callable[[Report | None], T], num_processes: int, on_repor
     """
     context = mp.get_context("spawn")
     ranks: dict[Connection, BaseProcess] = {}
+    resource_tracker.ensure_running()  # by itself it would start with rank 0, and let SIGTERM through again
     with meeting_point(num_processes) as environments, stop_signals_noted() as request:
         try:
             for rank, environment in enumerate(environments):

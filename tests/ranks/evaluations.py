@@ -1,6 +1,6 @@
 """One rank of the multi-process test of the evaluations: images in; features, figures and weights out."""
 
-import sys
+import signal
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from eval.linear_fast import linear_fast
 from eval.semisup import semisup
 from pipelines.source import FolderSource
 from tests.evaluations import RANK_SETTINGS, RANK_SUBSET, MemoryKeeper, task_of
-from tools.evaluate import run_job
+from tools.evaluate import EvalJob, OnProgress, run_job
 from train.distributed import process_group
 
 
@@ -32,8 +32,10 @@ def measure(folder: Path) -> dict:
     return found
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+def rank(folder: Path, job: EvalJob, on_report: OnProgress | None) -> set[signal.Signals]:
+    """Write what this rank measures, do the job, and give the signals that wait until somebody notes them."""
+    waiting = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     with process_group("cpu") as world:
         torch.save(measure(folder), folder / f"{world.rank}.pt")
-    run_job(torch.load(folder / "job.pt", weights_only=False))
+    run_job(job, on_report)
+    return waiting
