@@ -41,7 +41,7 @@ CONFIG = EvalConfig.model_validate(
         "knn": {"k": 5},
         "linear": {"epochs": 10, "batch_size": 8, "lr": 0.03},
         "linear_fast": {"epochs": 20, "batch_size": 8, "passes": 0, "lr": [0.03, 0.1]},
-        "semisup": {"epochs": 3, "batch_size": 10, "lr_backbone": 0.01, "lr_classifier": 0.03},
+        "semisup": {"epochs": 2, "batch_size": 10, "lr_backbone": 0.01, "lr_classifier": 0.03},
     }
 )
 STATISTICS = Normalisation((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
