@@ -1,6 +1,6 @@
 """A classifier trained on a backbone that is frozen or learns along, as in the authors' evaluate.py.
 
-SGD with momentum, a cosine per epoch, random crops, a linear layer drawn from N(0, 0.01) with zero bias; the
+SGD with momentum, a rate per epoch, random crops, a linear layer drawn from N(0, 0.01) with zero bias; the
 test set is classified after each epoch. On several ranks each takes its part of every global batch, and the
 gradient is the mean over that batch, as with DistributedDataParallel and equal parts.
 
@@ -29,6 +29,7 @@ from pipelines.order import epoch_permutation
 
 MOMENTUM = 0.9
 INITIAL_STD = 0.01
+DROP = 0.1  # of the rates, at each milestone
 KEPT = "training"  # name of the state
 
 
@@ -42,6 +43,15 @@ class Recipe:
     lr_backbone: float | None  # None: it stays as it is, in evaluation mode
     weight_decay: float
     seed: int
+    milestones: tuple[int, ...] | None = None  # epochs after which rates are a tenth; None: a cosine
+    nesterov: bool = False
+    normalise: bool = False  # a batch-norm before the linear layer, without weight decay
+
+    def share_of_rate(self, epoch: int) -> float:
+        """Of the base rates, in this epoch, counted from 0."""
+        if self.milestones is None:
+            return cosine(epoch, self.epochs)
+        return DROP ** sum(epoch >= milestone for milestone in self.milestones)
 
 
 @dataclass
@@ -99,13 +109,28 @@ class _Training:
         synchronised = self._learns and world_size() > 1
         self._backbone = (synchronise_norms(backbone) if synchronised else backbone).eval()
         width = feature_width(self._backbone, self._config, task.device, task.normalisation)
-        self._classifier = new_classifier(width, task.num_classes, recipe.seed).to(task.device)
-        groups = [{"params": list(self._classifier.parameters()), "lr": recipe.lr_classifier}]
+        linear = new_classifier(width, task.num_classes, recipe.seed)
+        norms = [nn.BatchNorm1d(width)] if recipe.normalise else []
+        self._classifier = nn.Sequential(*norms, linear).to(task.device)
+        if world_size() > 1:
+            synchronise_norms(self._classifier)
+        self._needs_two = self._learns or recipe.normalise  # samples of a batch, and one on each rank
+        groups = [
+            {"params": list(linear.parameters()), "lr": recipe.lr_classifier},
+            {
+                "params": list(self._classifier[:-1].parameters()),
+                "lr": recipe.lr_classifier,
+                "weight_decay": 0.0,
+            },
+        ]
         if self._learns:
             groups.append({"params": list(self._backbone.parameters()), "lr": recipe.lr_backbone})
+        groups = [group for group in groups if group["params"]]
         self._rates = [group["lr"] for group in groups]
         self._parameters = [parameter for group in groups for parameter in group["params"]]
-        self._optimizer = torch.optim.SGD(groups, momentum=MOMENTUM, weight_decay=recipe.weight_decay)
+        self._optimizer = torch.optim.SGD(
+            groups, momentum=MOMENTUM, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov
+        )
         self._place = Place()
 
     def run(self) -> dict[str, float]:
@@ -122,11 +147,12 @@ class _Training:
     def _train_epoch(self) -> None:
         task, place = self._task, self._place
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * cosine(place.epoch, self._recipe.epochs)
+            group["lr"] = rate * self._recipe.share_of_rate(place.epoch)
         batches = self._batches(place.epoch)[place.step :]
         mine = [batch_N[share_range(len(batch_N))] for batch_N in batches]
         crops = RandomCrops(task.train, self._config, self._recipe.seed, place.epoch)
         self._backbone.train(self._learns)
+        self._classifier.train()
         with loading(
             crops, [part.tolist() for part in mine if len(part)], self._config, task.device
         ) as found:
@@ -173,7 +199,7 @@ class _Training:
         order_K = self._indices_K[epoch_permutation(len(self._indices_K), seed, epoch, self._groups_G)]
         batches = np.split(order_K, range(size, len(order_K), size))
         # Batch-norm has no statistics of a single value, and a rank without samples none to give.
-        if self._learns and len(batches[-1]) < max(2, world_size()):
+        if self._needs_two and len(batches[-1]) < max(2, world_size()):
             batches.pop()
         return batches
 
@@ -185,6 +211,7 @@ class _Training:
         if share is None:
             before = self._begun + len(self._indices_K)
             share = task.share(task.test, None, before, self._total, backbone=self._backbone)
+        self._classifier.eval()
         right_2 = torch.zeros(2, dtype=torch.int64, device=task.device)
         size = self._config.batch_size
         for features_nF, labels_n in zip(

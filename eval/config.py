@@ -76,6 +76,22 @@ class SemisupConfig(Section):
     seed: Seed = 0
 
 
+class TransferConfig(Section):
+    """Linear classifier of another data set on the frozen backbone; `eval.transfer` tells the sources."""
+
+    epochs: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Passes; not set: 14 for Places-205, 84 for iNaturalist 2018, 28 for others."
+    )
+    batch_size: Annotated[int, Field(ge=2)] = 256
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.01
+    milestones: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        None, description="Epochs after which the rate is divided by ten; not set: at a third and two thirds."
+    )
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
+    normalise: bool = Field(True, description="Batch-norm before the linear layer.")
+    seed: Seed = 0
+
+
 class OnlineConfig(Section):
     """What is evaluated during training, where the dataset has labels; the network learns nothing from it."""
 
@@ -103,4 +119,5 @@ class EvalConfig(Section):
     linear: LinearConfig = LinearConfig()
     linear_fast: LinearFastConfig = LinearFastConfig()
     semisup: SemisupConfig = SemisupConfig()
+    transfer: TransferConfig = TransferConfig()
     online: OnlineConfig = OnlineConfig()

@@ -1,6 +1,7 @@
 """From a backbone and two labelled datasets to figures: any protocol."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from eval.linear_fast import linear_fast
 from eval.result import DataSummary, EvalResult, summary
 from eval.semisup import semisup
 from eval.task import EvalTask
+from eval.transfer import EPOCHS, for_data_set, transfer
 from model.weights import IMAGENET, Normalisation, read_weights
 from pipelines.errors import DataError
 from pipelines.source import Source
 
 Found = tuple[dict[str, float], dict[str, Any]]  # figures, and what to add to the settings
+
+RANDOM_CROPS = {"augmentation": "random crops"}  # new ones in each epoch
 
 
 def evaluate(
@@ -65,7 +69,7 @@ def evaluate(
         subset_K,
     )
     figures, found = PROTOCOLS[protocol](task)
-    settings = config.model_dump(mode="json", include={"features", protocol.replace("-", "_")}) | found
+    settings = settings_of(protocol, config) | found
     learnt_from = (
         summary(train)
         if subset_K is None
@@ -106,16 +110,29 @@ def _linear_fast(task: EvalTask) -> Found:
 def _semisup(task: EvalTask) -> Found:
     """Backbone and classifier fine-tuned on few labels."""
     learnt_from = len(task.train) if task.subset_K is None else len(task.subset_K)
-    return semisup(task), {"percent": round(100 * learnt_from / len(task.train), 2)}
+    percent = round(100 * learnt_from / len(task.train), 2)
+    return semisup(task), {"percent": percent, **RANDOM_CROPS}
 
 
-# By name; the section of `EvalConfig` with the protocol's settings has the same, with _ for -.
+def _transfer(name: str, task: EvalTask) -> Found:
+    """A linear classifier of another data set."""
+    config = for_data_set(name, task.config.transfer)
+    return transfer(task, config), {"transfer": config.model_dump(mode="json"), **RANDOM_CROPS}
+
+
 PROTOCOLS: dict[str, Callable[[EvalTask], Found]] = {
     "knn": _knn,
-    "linear": lambda task: (linear(task), {}),
+    "linear": lambda task: (linear(task), RANDOM_CROPS),
     "linear-fast": _linear_fast,
     "semisup": _semisup,
+    **{f"transfer-{name}": partial(_transfer, name) for name in EPOCHS},
 }
+
+
+def settings_of(protocol: str, config: EvalConfig) -> dict[str, Any]:
+    """Of this key of `PROTOCOLS`: how images become features, and its own section; for JSON."""
+    section = "transfer" if protocol.startswith("transfer-") else protocol.replace("-", "_")
+    return config.model_dump(mode="json", include={"features", section})
 
 
 def check_labels(train: Source, test: Source) -> None:

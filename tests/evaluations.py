@@ -8,7 +8,10 @@ from torch import nn
 
 from eval.config import EvalConfig
 from eval.features import Progress
+from eval.linear import linear
+from eval.semisup import semisup
 from eval.task import EvalTask
+from eval.transfer import for_data_set, transfer
 from model.weights import Normalisation
 from pipelines.source import Source
 
@@ -79,5 +82,12 @@ RANK_SETTINGS = {
     "linear": {"epochs": 3, "batch_size": 8, "lr": 1.0},
     "linear_fast": {"passes": 2, "epochs": 6, "batch_size": 8, "lr": (0.1, 1.0)},
     "semisup": {"epochs": 3, "batch_size": 7, "lr_backbone": 0.02, "lr_classifier": 0.2},
+    "transfer": {"epochs": 3, "batch_size": 8, "lr": 0.1},
 }
-RANK_SUBSET = np.array([0, 1, 2, 4, 7, 8, 9, 11, 14, 15, 17, 20])  # a batch of 7 and one of 5
+RANK_SUBSETS = {"semisup": np.array([0, 1, 2, 4, 7, 8, 9, 11, 14, 15, 17, 20])}  # a batch of 7 and one of 5
+# The protocols with steps, whose state is kept.
+TRAINED = {
+    "linear": linear,
+    "semisup": semisup,
+    "transfer": lambda task: transfer(task, for_data_set("folder", task.config.transfer)),
+}

@@ -6,6 +6,7 @@ from torchvision.models.resnet import BasicBlock
 
 from model.backbones import BACKBONES
 from tools.bench import plan as bench
+from tools.bench.figures import figures_of
 from tools.bench.plan import bench_plan
 from train.config import RunConfig
 from train.distributed import World
@@ -43,6 +44,9 @@ def test_steps_of_other_sizes_are_predicted_from_those_profiled(in_this_process:
         assert row["predicted_ms"] == pytest.approx(sum(row["predicted_parts_ms"].values()))
         assert len(row["all_ms"]) == 1 and row["measured_ms"] > 0
         assert row["predicted_parts_ms"].keys() == {"augment", "forward", "loss", "backward", "optimizer"}
+    figures = figures_of(result)
+    assert [figure.ratio for figure in figures] == [row["ratio"] for row in result["rows"]]
+    assert [list(figure.values) for figure in figures] == [row["all_ms"] for row in result["rows"]]
     assert done == [(1, 3), (2, 3), (3, 3)]
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from eval.config import FeaturesConfig
-from eval.transfer import SETTINGS
+from eval.config import FeaturesConfig, TransferConfig
+from eval.transfer import for_data_set
 from eval.voc07 import Voc07Config
 from pipelines.errors import DataError
 from tools.cli import app
@@ -34,9 +34,9 @@ LINEAR = {
             "batch_size": 256,
             "lr": 0.3,
             "weight_decay": 1e-6,
-            "augmentation": "random crops",
             "seed": 0,
         },
+        "augmentation": "random crops",
     },
     "data": IMAGENET,
     "figures": {"top1": 0.7216, "top5": 0.9},
@@ -62,6 +62,7 @@ def semisup(percent: int, images: int, **changes: object) -> dict:
     record = changed(LINEAR, protocol="semisup", data__train__images=images, **changes)
     tuned = {"epochs": 20, "batch_size": 256, "lr_backbone": 0.005, "lr_classifier": 0.5, "weight_decay": 0.0}
     settings = {"features": LINEAR["settings"]["features"], "semisup": tuned, "percent": percent}
+    settings["augmentation"] = "random crops"
     return record | {"settings": settings}
 
 
@@ -194,14 +195,16 @@ def test_each_protocol_of_tables_3_and_4_has_its_columns(tmp_path: Path) -> None
     scores = dict.fromkeys(("AP", "AP50", "AP75", "maskAP", "maskAP50", "maskAP75"), 0.1)
     tuned = {"iterations": 90_000, "batch_size": 16, "lr": 0.03}
     crops = {"features": FeaturesConfig().model_dump(mode="json")}
-    settings = {
-        name: SETTINGS[name].model_dump(mode="json") | {"augmentation": "random crops"}
-        for name in ("places205", "inat18")
-    }
-    settings["inat18"] |= {"epochs": 80, "augmentation": "none"}
+    places, inat = (
+        crops | {"transfer": for_data_set(name, config).model_dump(mode="json"), "augmentation": augmentation}
+        for name, config, augmentation in (
+            ("places205", TransferConfig(), "random crops"),
+            ("inat18", TransferConfig(epochs=80), "none"),
+        )
+    )
     records = [
-        of("transfer-places205", {"top1": 0.5}, crops | {"transfer": settings["places205"]}),
-        of("transfer-inat18", {"top1": 0.4}, crops | {"transfer": settings["inat18"]}),
+        of("transfer-places205", {"top1": 0.5}, places),
+        of("transfer-inat18", {"top1": 0.4}, inat),
         of("voc07", {"mAP": 0.8}, crops | {"voc07": Voc07Config().model_dump(mode="json")}),
         of("detect-voc", {"AP": 0.5, "AP50": 0.8, "AP75": 0.6}, tuned),
         of("detect-coco", scores, tuned),
@@ -210,7 +213,7 @@ def test_each_protocol_of_tables_3_and_4_has_its_columns(tmp_path: Path) -> None
     (transfer,), (detect,) = report.ours[3], report.ours[4]
     assert list(transfer.percentages.values()) == [50, 40, 80]
     assert transfer.notes == [
-        "transfer-inat18: transfer.augmentation none instead of random crops",
+        "transfer-inat18: augmentation none instead of random crops",
         "transfer-inat18: transfer.epochs 80 instead of 84",
     ]
     assert list(detect.percentages.values()) == pytest.approx([50, 80, 60, *[10] * 6])

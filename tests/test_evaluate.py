@@ -18,16 +18,14 @@ from eval.classifier import KEPT
 from eval.config import EvalConfig, SemisupConfig
 from eval.features import extract_features
 from eval.knn import knn_accuracy
-from eval.linear import linear
 from eval.linear_fast import linear_fast
 from eval.run import PROTOCOLS, evaluate
 from eval.scores import right_answers
-from eval.semisup import semisup
 from model.errors import ModelError
 from model.weights import IMAGENET, Normalisation, read_weights
 from pipelines.errors import DataError
 from pipelines.source import FolderSource
-from tests.evaluations import RANK_SETTINGS, RANK_SUBSET, MemoryKeeper, task_of
+from tests.evaluations import RANK_SETTINGS, RANK_SUBSETS, TRAINED, MemoryKeeper, task_of
 from tests.ranks.evaluations import rank
 from tools.evaluate import EvalJob, run_job
 from tools.work_folder import StoppedError
@@ -42,6 +40,7 @@ CONFIG = EvalConfig.model_validate(
         "linear": {"epochs": 10, "batch_size": 8, "lr": 0.03},
         "linear_fast": {"epochs": 20, "batch_size": 8, "passes": 0, "lr": [0.03, 0.1]},
         "semisup": {"epochs": 2, "batch_size": 10, "lr_backbone": 0.01, "lr_classifier": 0.03},
+        "transfer": {"epochs": 20, "batch_size": 8, "lr": 0.1},
     }
 )
 STATISTICS = Normalisation((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
@@ -178,10 +177,12 @@ def test_two_ranks_find_what_one_finds(
     features, labels = extract_features(
         task.backbone, sources[0], task.config.features, "cpu", normalisation=IMAGENET
     )
-    keepers = {"linear": MemoryKeeper(), "semisup": MemoryKeeper()}
+    keepers = {protocol: MemoryKeeper() for protocol in TRAINED}
     figures = {
-        "linear": linear(task_of(*sources, RANK_SETTINGS, keeper=keepers["linear"])),
-        "semisup": semisup(task_of(*sources, RANK_SETTINGS, keeper=keepers["semisup"], subset_K=RANK_SUBSET)),
+        protocol: TRAINED[protocol](
+            task_of(*sources, RANK_SETTINGS, keeper=keeper, subset_K=RANK_SUBSETS.get(protocol))
+        )
+        for protocol, keeper in keepers.items()
     }
     fast = asdict(linear_fast(task))
     for number in range(2):

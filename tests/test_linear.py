@@ -80,7 +80,7 @@ def test_authors_mode_is_the_authors_loop(sources: tuple) -> None:
     task = task_of(*sources, {"linear": settings}, keeper=keeper, progress=lambda *call: calls.append(call))
     figures = linear(task)
     for name, value in keeper.kept[KEPT]["classifier"].items():
-        torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(value, nn.Sequential(expected).state_dict()[name], rtol=1e-4, atol=1e-5)
     assert (figures["top1"], figures["best_top1"]) == (top1[-1], max(top1))
     assert figures["top5"] == figures["best_top5"] == 1  # three classes
     assert calls[-1] == (15 + 3 * 21, 15 + 3 * 21) and calls == sorted(calls)
@@ -252,5 +252,5 @@ def test_with_as_many_passes_as_epochs_the_fast_mode_is_the_authors(sources: tup
     training = BatchedTraining(passes, len(test.classes), config, torch.device("cpu"))
     (found_CE,) = training.train([Setting(0.5, 0.01)], np.arange(21), lambda done, total: None)
     state = keeper.kept[KEPT]["classifier"]
-    expected = torch.cat([state["weight"], state["bias"][:, None]], dim=1)
+    expected = torch.cat([state["0.weight"], state["0.bias"][:, None]], dim=1)
     torch.testing.assert_close(found_CE, expected, rtol=1e-4, atol=1e-5)

@@ -88,7 +88,7 @@ def test_fine_tuning_is_the_authors_loop(sources: tuple) -> None:
         top1.append((predicted == test.labels_N).mean())
 
     state = keeper.kept[KEPT]
-    for network, found in ((classifier, state["classifier"]), (backbone, state["backbone"])):
+    for network, found in ((nn.Sequential(classifier), state["classifier"]), (backbone, state["backbone"])):
         for name, value in network.state_dict().items():
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
     assert (figures["top1"], figures["best_top1"]) == (top1[-1], max(top1))

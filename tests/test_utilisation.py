@@ -12,7 +12,7 @@ import torch
 
 from tools.profile import nvml
 from tools.profile.nvml import GPM_SECONDS, GpuCounters
-from tools.profile.utilisation import Sampler, warnings_of
+from tools.profile.utilisation import MAX_POINTS, Sampler, warnings_of
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 UUID = "0d1c6b3e-1b2c-4d5e-8f90-a1b2c3d4e5f6"
@@ -139,6 +139,24 @@ def test_throttling_is_asked_by_the_older_name_too_and_is_not_denied_where_it_is
     assert not {"throttle_reasons", "throttled"} & sampler.summary()["gpu"].keys()
 
 
+def test_a_name_that_an_older_pynvml_lacks_leaves_the_other_figures(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(pynvml, "nvmlDeviceGetCurrentClocksEventReasons")
+    reasons = pynvml.nvmlClocksThrottleReasonSwPowerCap
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksThrottleReasons", lambda handle: reasons)
+    with Sampler(GPU) as sampler:
+        pass
+    figures = sampler.summary()["gpu"]
+    assert (figures["power_watts"], figures["throttle_reasons"]) == (312.0, ["power"])
+
+
+def test_a_block_too_short_for_gpm_is_not_blamed_on_the_gpu(gpu: SimpleNamespace) -> None:
+    with Sampler(GPU) as sampler:
+        pass
+    assert any("no finer counters were read" in warning for warning in sampler.summary()["warnings"])
+
+
 def test_one_thread_alone_asks_and_a_figure_once_missing_leaves_a_gap(
     gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,20 +228,40 @@ def test_without_a_driver_there_is_a_sentence_and_the_cpus_figures(monkeypatch: 
 
 
 def test_a_busy_thread_shows() -> None:
+    began, began_thread = time.monotonic(), time.thread_time()
     with Sampler(CPU, seconds=0.05) as sampler:
-        until = time.process_time() + 0.2
-        while time.process_time() < until:
+        until = time.thread_time() + 0.4
+        while time.thread_time() < until:
             pass
+    share = (time.thread_time() - began_thread) / (time.monotonic() - began)
     summary = sampler.summary()
     assert summary["source"] == "cpu" and summary["samples"] > 0
-    assert summary["cpu"]["busiest_thread"] > 0
+    assert summary["cpu"]["busiest_thread"] == pytest.approx(share, rel=0.2)  # the system counts in 10 ms
     assert all(0 <= share <= 1 for share in summary["cpu"]["per_core"])
+
+
+def test_only_cores_that_the_process_may_use_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil.Process, "cpu_affinity", lambda process: [1, 3])
+    monkeypatch.setattr(psutil, "cpu_percent", lambda percpu: [100.0, 20.0, 100.0, 40.0])
+    with Sampler(CPU) as sampler:
+        pass
+    assert sampler.summary()["cpu"]["per_core"] == [0.2, 0.4]
+
+
+def test_a_long_run_is_drawn_with_few_points() -> None:
+    with Sampler(CPU, seconds=1000.0) as sampler:
+        for _ in range(2 * MAX_POINTS + 1):
+            sampler._sample()
+    summary = sampler.summary()
+    assert summary["samples"] > 2 * MAX_POINTS
+    assert {len(values) <= 200 for values in summary["timeline"].values()} == {True}
 
 
 @pytest.mark.parametrize(
     ("gpu", "cpu", "sentence"),
     [
         ({"kernel_ran": 0.98}, IDLE, "98% of the time, which does not say"),
+        ({"kernel_ran": 0.81, "sm_active": 0.39}, IDLE, "only 39% of the multiprocessors"),
         ({"kernel_ran": 0.98, "sm_active": 0.2}, IDLE, "only 20% of the multiprocessors"),
         ({"kernel_ran": 0.9, "sm_active": 0.9, "tensor_active": 0.01}, IDLE, "train.precision"),
         (
@@ -243,5 +281,5 @@ def test_what_should_make_one_think_is_said(gpu: dict | None, cpu: dict, sentenc
 def test_a_machine_at_work_gets_no_warning() -> None:
     gpu = {"kernel_ran": 0.99, "sm_active": 0.85, "tensor_active": 0.4, "sm_clock_mhz": 1900}
     gpu |= {"max_sm_clock_mhz": 1980, "throttle_reasons": []}
-    busy = {"per_core": [0.9] * 8, "mean": 0.9, "busiest_thread": 0.99}
+    busy = {"per_core": [0.6] * 8, "mean": 0.6, "busiest_thread": 0.99}
     assert warnings_of(gpu, busy) == warnings_of(None, IDLE) == []

@@ -9,7 +9,7 @@ from tools.cli_bench_data import augment, convert, loader
 from tools.cli_bench_step import StepSettings, loss, recipe_of_step, step
 from tools.cli_plan import bench_plan
 from tools.console import EXIT_USER_ERROR, leave, or_dash, progress_bar, say, show_json, show_table
-from tools.options import Json
+from tools.options import Device, Json
 
 bench_app = typer.Typer(
     no_args_is_help=True,
@@ -19,6 +19,49 @@ bench_app = typer.Typer(
 for command in (loader, augment, convert, loss, step):
     bench_app.command()(command)
 bench_app.command(name="plan")(bench_plan)
+
+
+@bench_app.command()
+def knn(
+    rows: Annotated[int, typer.Option(min=1, help="Features among which neighbours are sought.")] = 1_000_000,
+    width: Annotated[int, typer.Option(min=1, help="Width of the features.")] = 2048,
+    queries: Annotated[int, typer.Option(min=1, help="Features whose neighbours are sought.")] = 1000,
+    k: Annotated[
+        list[int] | None,
+        typer.Option("--k", min=1, help="Neighbours that vote; may be given several times. [20 and 200]"),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured turns.")] = 1,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """How long kNN takes among a million features, and how much memory.
+
+    The features are random. From 4 GiB on they lie in a temporary file in TMPDIR, mapped into memory, as
+    those of `eval knn` do. Time and memory are those of the search alone.
+
+    Examples
+
+        fastbarlow bench knn
+        fastbarlow bench knn --rows 1281167 --queries 50000 --device cuda --json
+    """
+    from tools.bench.knn import bench_knn
+    from train.distributed import process_group
+
+    with process_group(device) as world, progress_bar("searching") as progress:
+        result = bench_knn(
+            rows, width, queries, k or [20, 200], world.device, repeats=repeats, progress=progress
+        )
+    memory = "not told" if result["peak_memory_mb"] is None else f"{result['peak_memory_mb']:,.0f} MB"
+    on_gpu = result["peak_gpu_memory_mb"]
+    say(
+        f"{queries:,} queries among {rows:,} x {width:,} features ({result['precision']}): "
+        f"{result['seconds']:.1f} s, {result['tflop_per_second']:.2f} Tflop/s; memory beyond the features' "
+        f"{result['features_mb']:,.0f} MB: {memory}"
+        + ("" if on_gpu is None else f", on the GPU {on_gpu:,.0f} MB"),
+        as_json=as_json,
+    )
+    if as_json:
+        show_json(result)
 
 
 @bench_app.command(name="all")

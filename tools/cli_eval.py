@@ -1,27 +1,13 @@
 """`fastbarlow eval ...`: how good the features of a trained backbone are."""
 
-import os
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from tools.console import (
-    EXIT_INTERRUPTED,
-    EXIT_PREEMPTED,
-    leave,
-    progress_bar,
-    say,
-    show_json,
-    show_result,
-)
-from tools.eval_options import ImageOptions, Options, OutputOptions, RankOptions, eval_settings, grouped
+from tools.eval_options import ImageOptions, OutputOptions, RankOptions, grouped
+from tools.eval_protocol import run_protocol
 from tools.options import Checkpoint
-
-if TYPE_CHECKING:
-    from tools.evaluate import EvalJob
 
 Train = Annotated[
     Path, typer.Argument(metavar="TRAIN", help="Labelled images: a .beton file or a class folder.")
@@ -74,7 +60,7 @@ def knn(
     settings: dict[str, Any] = {"temperature": temperature}
     if k:
         settings |= {"k": k[0], "also_k": tuple(k[1:])}
-    _evaluate("knn", checkpoint, train, test, {"knn": settings}, images, ranks, output)
+    run_protocol("knn", checkpoint, train, test, {"knn": settings}, images, ranks, output)
 
 
 @eval_app.command()
@@ -150,7 +136,7 @@ def linear(
             "weight_decay": tuple(weight_decay) if weight_decay else None,
         }
         options = {"linear_fast": common | grids | {"passes": passes}}
-        _evaluate("linear-fast", checkpoint, train, test, options, images, ranks, output)
+        run_protocol("linear-fast", checkpoint, train, test, options, images, ranks, output)
         return
     if passes is not None:
         raise ConfigError("--passes belongs to --mode fast; in the mode authors each epoch has new crops.")
@@ -158,7 +144,7 @@ def linear(
         if given and len(given) > 1:
             raise ConfigError(f"{name} is given {len(given)} times, which is for --mode fast; give one.")
     single = {"lr": lr[0] if lr else None, "weight_decay": weight_decay[0] if weight_decay else None}
-    _evaluate("linear", checkpoint, train, test, {"linear": common | single}, images, ranks, output)
+    run_protocol("linear", checkpoint, train, test, {"linear": common | single}, images, ranks, output)
 
 
 @eval_app.command()
@@ -236,66 +222,4 @@ def semisup(
     which = {"percent": percent, "subset": subset}
     kind = f"semisup-{subset.stem if subset else f'{percent:g}'}"
     options = {"semisup": settings}
-    _evaluate("semisup", checkpoint, train, test, options, images, ranks, output, kind, **which)
-
-
-def _evaluate(
-    protocol: str,
-    checkpoint: Path,
-    train: Path,
-    test: Path,
-    options: Options,
-    images: ImageOptions,
-    ranks: RankOptions,
-    output: OutputOptions,
-    kind: str | None = None,
-    **which: Any,
-) -> None:
-    """Run the protocol and tell its result; `kind` is for the name of its file, `which` for `EvalJob`."""
-    from model.weights import read_weights
-    from tools.evaluate import EvalJob
-    from tools.results import default_place
-
-    config = eval_settings(read_weights(checkpoint), checkpoint, options | images.given())
-    out = output.out or default_place(checkpoint, kind or protocol, test)
-    job = EvalJob(protocol, checkpoint, train, test, config, output.device, out, ranks.work, **which)
-    record = _run(job, ranks.procs)
-    if record is None:
-        return
-    show_result(record, as_json=output.as_json)
-    learnt_from, tested_on = record["data"]["train"], record["data"]["test"]
-    say(
-        f"{learnt_from['images']:,} labelled images, {tested_on['images']:,} to classify, "
-        f"{tested_on['classes']} classes; short side {config.features.resize} px, centre crop "
-        f"{config.features.image_size} px. Written to {out}.",
-        as_json=output.as_json,
-    )
-    if "chosen" in record["settings"]:
-        chosen = record["settings"]["chosen"]
-        say(
-            f"Chosen: learning rate {chosen['lr']:g}, weight decay {chosen['weight_decay']:g}.",
-            as_json=output.as_json,
-        )
-    if output.as_json:
-        show_json(record)
-
-
-def _run(job: "EvalJob", procs: int | None) -> dict[str, Any] | None:
-    """The result's record; None on other ranks than the first."""
-    from tools.evaluate import run_job
-    from tools.work_folder import StoppedError
-    from train.launch import default_processes, launch_ranks, show_notes
-
-    show_notes()
-    num_processes = 1 if "RANK" in os.environ else procs or default_processes(job.device)
-    is_main = int(os.environ.get("RANK", 0)) == 0
-    try:
-        with progress_bar(f"eval {job.protocol}") if is_main else nullcontext() as bar:
-            on_progress = (lambda report: bar(*report)) if is_main else None
-            run = partial(run_job, job)
-            record = launch_ranks(run, num_processes, on_progress) if num_processes > 1 else run(on_progress)
-    except StoppedError as error:
-        leave(str(error), EXIT_PREEMPTED)
-    except KeyboardInterrupt:
-        leave("Interrupted; the same command goes on from what was finished.", EXIT_INTERRUPTED)
-    return record if is_main else None
+    run_protocol("semisup", checkpoint, train, test, options, images, ranks, output, kind, **which)

@@ -6,9 +6,7 @@ from typing import Annotated
 import typer
 
 from tools.console import progress_bar, say, show_json, show_table
-from tools.options import ConfigPath, Json, Overrides
-
-DEMO_CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
+from tools.options import DEMO_CONFIG, ConfigPath, Json, Overrides
 
 
 def plan(

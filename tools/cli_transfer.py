@@ -1,4 +1,4 @@
-"""`fastbarlow eval transfer`, `eval voc07`: other data sets; `bench knn`."""
+"""`fastbarlow eval transfer` and `eval voc07`: other data sets."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import typer
 
 from tools.console import progress_bar, say, show_json, show_result, show_table
-from tools.eval_options import ImageOptions, OutputOptions, eval_settings, grouped
-from tools.options import Checkpoint, Device, Json
+from tools.eval_options import ImageOptions, OutputOptions, RankOptions, eval_settings, grouped
+from tools.eval_protocol import run_protocol
+from tools.options import Checkpoint
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -28,24 +29,39 @@ def transfer(
         Path,
         typer.Argument(metavar="ROOT", help="Where the data set was unpacked; of folder: train/ and val/."),
     ],
-    epochs: Annotated[int | None, typer.Option(help="Passes. [places205 14, inat18 84, folder 28]")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate at first. [0.01]")] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(help="Passes; default: the run's own, or 14 of places205, 84 of inat18, 28 of others."),
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate at first; default: the run's own, or 0.01.")
+    ] = None,
     milestone: Annotated[
         list[int] | None,
         typer.Option(
-            help="Epoch after which the rate is divided by ten; may be given several times. [at a third and "
-            "two thirds of the epochs]"
+            help="Epoch after which the rate is divided by ten; may be given several times; default: the "
+            "run's own, or at a third and two thirds of the epochs."
         ),
     ] = None,
     weight_decay: Annotated[
-        float | None, typer.Option(help="L2 penalty of the linear layer. [0.0005]")
+        float | None,
+        typer.Option(help="L2 penalty of the linear layer; default: the run's own, or 0.0005."),
     ] = None,
     normalise: Annotated[
-        bool, typer.Option("--batch-norm/--no-batch-norm", help="Batch-norm before the linear layer.")
-    ] = True,
-    seed: Annotated[int | None, typer.Option(help="Of the layer's weights and the order. [0]")] = None,
+        bool | None,
+        typer.Option(
+            "--batch-norm/--no-batch-norm",
+            help="Batch-norm before the linear layer; default: the run's own, or with it.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Of the layer's weights, crops and order; default: the run's own, or 0."),
+    ] = None,
     *,
     images: ImageOptions,
+    ranks: RankOptions,
     output: OutputOptions,
 ) -> None:
     """Train a linear classifier on the frozen features of another data set, with the paper's settings.
@@ -55,45 +71,27 @@ def transfer(
     Learns from the training images and classifies those for validation.
 
     The rate is divided by ten twice, as the paper says; VISSL, which the paper used, has published three
-    times: --milestone 4 --milestone 8 --milestone 12 for places205, 24, 48 and 72 for inat18. Features are
-    computed once, without augmentation, so the figures are a little below those of a classifier that
-    augments. The result is a JSON file, too.
+    times: --milestone 4 --milestone 8 --milestone 12 for places205, 24, 48 and 72 for inat18. Random crops,
+    figures, stops and processes are as those of `eval linear`.
 
     Examples
 
         fastbarlow eval transfer places205 runs/a/checkpoint.pt /data/places205
         fastbarlow eval transfer folder resnet50.pth /data/flowers --epochs 50 --json
     """
-    from eval.transfer import SETTINGS, TransferConfig
-    from eval.transfer import transfer as measure
-    from model.weights import read_weights
-    from tools.results import default_place, result_record, write_record
-    from train.distributed import process_group
+    from eval.transfer import parts_of
 
-    weights = read_weights(checkpoint)
-    features = eval_settings(weights, checkpoint, images.given()).features
-    changed = {"epochs": epochs, "lr": lr, "weight_decay": weight_decay, "seed": seed}
-    changed |= {"normalise": normalise, "milestones": tuple(milestone) if milestone else None}
-    changed = {key: value for key, value in changed.items() if value is not None}
-    config = _checked(TransferConfig, SETTINGS[name].model_dump() | changed)
-    with process_group(output.device) as world, progress_bar("extracting features") as progress:
-        result = measure(
-            name,
-            weights.build(),
-            root,
-            features,
-            config,
-            world.device,
-            progress,
-            normalisation=weights.normalisation,
-        )
-        record = result_record(result, checkpoint, world.device)
-    out = output.out or default_place(checkpoint, result.protocol, root)
-    write_record(record, out)
-    show_result(record, as_json=output.as_json)
-    say(f"{config.epochs} epochs without augmentation. Written to {out}.", as_json=output.as_json)
-    if output.as_json:
-        show_json(record)
+    options = {
+        "epochs": epochs,
+        "lr": lr,
+        "milestones": tuple(milestone) if milestone else None,
+        "weight_decay": weight_decay,
+        "normalise": normalise,
+        "seed": seed,
+    }
+    train, test = parts_of(name, root)
+    protocol = f"transfer-{name}"
+    run_protocol(protocol, checkpoint, train, test, {"transfer": options}, images, ranks, output, place=root)
 
 
 @grouped
@@ -178,45 +176,6 @@ def voc07(
     say(f"Written to {out}.", as_json=output.as_json)
     if output.as_json:
         show_json(record)
-
-
-def bench_knn(
-    rows: Annotated[int, typer.Option(min=1, help="Features among which neighbours are sought.")] = 1_000_000,
-    width: Annotated[int, typer.Option(min=1, help="Width of the features.")] = 2048,
-    queries: Annotated[int, typer.Option(min=1, help="Features whose neighbours are sought.")] = 1000,
-    k: Annotated[
-        list[int] | None,
-        typer.Option("--k", min=1, help="Neighbours that vote; may be given several times. [20 and 200]"),
-    ] = None,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """How long kNN takes among a million features, and how much memory.
-
-    The features are random. From 4 GiB on they lie in a temporary file in TMPDIR, mapped into memory, as
-    those of `eval knn` do. Time and memory are those of the search alone.
-
-    Examples
-
-        fastbarlow bench knn
-        fastbarlow bench knn --rows 1281167 --queries 50000 --device cuda --json
-    """
-    from tools.bench.knn import bench_knn as measure
-    from train.distributed import process_group
-
-    with process_group(device) as world, progress_bar("searching") as progress:
-        result = measure(rows, width, queries, k or [20, 200], world.device, progress)
-    memory = "not told" if result["peak_memory_mb"] is None else f"{result['peak_memory_mb']:,.0f} MB"
-    on_gpu = result["peak_gpu_memory_mb"]
-    say(
-        f"{queries:,} queries among {rows:,} x {width:,} features ({result['precision']}): "
-        f"{result['seconds']:.1f} s, {result['tflop_per_second']:.2f} Tflop/s; memory beyond the features' "
-        f"{result['features_mb']:,.0f} MB: {memory}"
-        + ("" if on_gpu is None else f", on the GPU {on_gpu:,.0f} MB"),
-        as_json=as_json,
-    )
-    if as_json:
-        show_json(result)
 
 
 def _checked(section: type[Section], settings: dict[str, Any]) -> Section:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from eval.config import EvalConfig
-from eval.run import evaluate
+from eval.run import evaluate, settings_of
 from eval.subset import draw_subset, read_subset, subset_list
 from model.weights import read_weights
 from pipelines.source import Source, open_source
@@ -99,12 +99,12 @@ def _subset(job: EvalJob, train: Source, world: World) -> np.ndarray | None:
 
 def _key(job: EvalJob, world: World, train: Source, test: Source, subset_K: np.ndarray | None) -> str:
     """Tells this evaluation from others: by checkpoint, settings, kind of device and data."""
-    settings = job.config.model_dump(mode="json")
+    settings = settings_of(job.protocol, job.config)
     del settings["features"]["workers"]
     facts = {
         "checkpoint": file_hash(job.checkpoint),
         "protocol": job.protocol,
-        "settings": {name: settings[name] for name in ("features", job.protocol.replace("-", "_"))},
+        "settings": settings,
         "device": world.device.type,
         "data": [_identity(train), _identity(test)],
         "subset": None if subset_K is None else _digest(subset_K),

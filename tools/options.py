@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+DEMO_CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
+
 ConfigPath = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="A YAML recipe, such as those in configs/.")
 ]

@@ -73,12 +73,13 @@ _FINETUNE = {
     "lr_backbone": (0.002, 0.005),
     "lr_classifier": (0.5,),
     "weight_decay": (0.0,),
+    "augmentation": ("random crops",),
 }
 _TRANSFER = _CROPS | {
     "transfer.lr": (0.01,),
     "transfer.weight_decay": (5e-4,),
     "transfer.batch_size": (256,),
-    "transfer.augmentation": ("random crops",),
+    "augmentation": ("random crops",),
 }
 
 PUBLISHED = {
@@ -93,7 +94,7 @@ PUBLISHED = {
             "linear.batch_size": (256,),
             "linear.lr": (0.3,),
             "linear.weight_decay": (1e-6,),
-            "linear.augmentation": ("random crops",),
+            "augmentation": ("random crops",),
         },
     ),
     "semisup": Published("ImageNet", tuple(SUBSETS.values()), 50_000, 1_000, _CROPS | _FINETUNE),

@@ -11,11 +11,9 @@ import torch
 import eval.features
 from eval.classifier import KEPT
 from eval.features import extract_features
-from eval.linear import linear
 from eval.linear_fast import linear_fast
-from eval.semisup import semisup
 from pipelines.source import FolderSource
-from tests.evaluations import RANK_SETTINGS, RANK_SUBSET, MemoryKeeper, task_of
+from tests.evaluations import RANK_SETTINGS, RANK_SUBSETS, TRAINED, MemoryKeeper, task_of
 from tools.evaluate import EvalJob, OnProgress, run_job
 from train.distributed import process_group
 
@@ -26,9 +24,9 @@ def measure(folder: Path) -> dict:
     eval.features.BLOCK_IMAGES = 4
     task = task_of(*sources, RANK_SETTINGS)
     found = {"features": extract_features(task.backbone, sources[0], task.config.features, "cpu")}
-    for name, protocol, subset in (("linear", linear, None), ("semisup", semisup, RANK_SUBSET)):
+    for name, protocol in TRAINED.items():
         keeper = MemoryKeeper()
-        figures = protocol(task_of(*sources, RANK_SETTINGS, subset_K=subset, keeper=keeper))
+        figures = protocol(task_of(*sources, RANK_SETTINGS, subset_K=RANK_SUBSETS.get(name), keeper=keeper))
         found[name] = figures, keeper.kept.get(KEPT)
     found["linear-fast"] = asdict(linear_fast(task))
     return found

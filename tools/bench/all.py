@@ -15,13 +15,16 @@ from pipelines.loaders import LOADERS
 from tools.bench.augment import bench_augment
 from tools.bench.convert import bench_convert
 from tools.bench.figures import Figure
+from tools.bench.knn import bench_knn
 from tools.bench.loader import bench_loaders
 from tools.bench.loader_measure import Setting
 from tools.bench.loss import bench_loss
+from tools.bench.plan import bench_plan
 from tools.bench.step import bench_step
 from tools.convert import convert
 from tools.demo_data import make_demo_images
-from train.config import RunConfig
+from tools.options import DEMO_CONFIG
+from train.config import RunConfig, load_config
 from train.distributed import process_group
 from train.errors import USER_ERRORS, ConfigError, TrainingError
 
@@ -29,6 +32,8 @@ HEADER = ("bench", "case", "unit", "p10", "median", "p90", "repeats", "times as 
 CORES = len(os.sched_getaffinity(0))
 LOADER_PAIRS, LOADER_SECONDS = 64, 3.0  # in a batch; of a turn, at least
 CONVERTED_IMAGES, MAX_SIDES = 2000, (4096, 512, 256)
+PLAN_RANKS = (1, 2)[:CORES]  # of one thread each
+KNN_ROWS, KNN_WIDTH, KNN_QUERIES, KNN_KS = 100_000, 2048, 1000, (20, 200)
 
 Progress = Callable[[int, int], None]
 
@@ -159,5 +164,25 @@ def _step(load: Workload, images: Path, dataset: Path, progress: Progress | None
     return bench_step(load.config, repeats=load.repeats, progress=progress)
 
 
-BENCHES = {"loader": _loader, "augment": _augment, "convert": _convert, "loss": _loss, "step": _step}
+def _plan(load: Workload, images: Path, dataset: Path, progress: Progress | None) -> dict[str, Any]:
+    config = load_config(DEMO_CONFIG, ["train.precision=fp32"])
+    return bench_plan(config, ranks=PLAN_RANKS, steps=load.repeats, progress=progress)
+
+
+def _knn(load: Workload, images: Path, dataset: Path, progress: Progress | None) -> dict[str, Any]:
+    with process_group(load.device) as world:
+        return bench_knn(
+            KNN_ROWS, KNN_WIDTH, KNN_QUERIES, KNN_KS, world.device, repeats=load.repeats, progress=progress
+        )
+
+
+BENCHES = {
+    "loader": _loader,
+    "augment": _augment,
+    "convert": _convert,
+    "loss": _loss,
+    "step": _step,
+    "plan": _plan,
+    "knn": _knn,
+}
 READ_IMAGES, NO_IMAGES = {"loader", "convert"}, (Path(), Path())

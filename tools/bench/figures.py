@@ -78,10 +78,27 @@ def _of_step(result: Result) -> Iterator[Figure]:
         yield Figure("step", case, "pairs/s", rates, row["speedup"], "authors")
 
 
+def _of_plan(result: Result) -> Iterator[Figure]:
+    for row in result["rows"]:
+        case = (
+            f"step of {row['ranks']} ranks on the CPU, {row['pairs_per_rank']} pairs of each, {row['loss']}"
+        )
+        yield Figure("plan", case, "ms", row["all_ms"], row["ratio"], "planned")
+
+
+def _of_knn(result: Result) -> Iterator[Figure]:
+    k = " and ".join(map(str, result["k"]))
+    case = f"{result['rows']} x {result['width']}, k {k}, {result['precision']} on {result['device']}"
+    rates = [result["queries"] / seconds for seconds in result["all_seconds"]]
+    yield Figure("knn", case, "queries/s", rates)
+
+
 _READERS: dict[str, Callable[[Result], Iterator[Figure]]] = {
     "loader": _of_loader,
     "augment": _of_augment,
     "convert": _of_convert,
     "loss": _of_loss,
     "step": _of_step,
+    "plan": _of_plan,
+    "knn": _of_knn,
 }

@@ -5,6 +5,7 @@ Shape legend: N samples of the bank, M queries, F feature width.
 
 import time
 from collections.abc import Callable, Sequence
+from statistics import median
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from train.errors import ConfigError
 CLASSES, TEMPERATURE = 1000, 0.07
 _FILLED_AT_ONCE = 8192
 
+Progress = Callable[[int, int], None]
+
 
 def bench_knn(
     rows: int,
@@ -24,13 +27,17 @@ def bench_knn(
     queries: int,
     ks: Sequence[int],
     device: torch.device,
-    progress: Callable[[int, int], None] | None = None,
+    *,
+    repeats: int = 1,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Seconds, rates and peak memory of one search among random features; they show nothing else.
+    """Seconds, rates and peak memory of a search among random features; they show nothing else.
 
-    `peak_memory_mb` is what the search takes beyond the features, without the pages of a mapped file; None
-    where the system does not tell. Raises `ConfigError` where a k is larger than the bank, `DataError` where
-    the disk has no room for the features.
+    `seconds` is the median over the turns, and rates follow it. `peak_memory_mb` is what the search takes
+    beyond the features, without the pages of a mapped file; None where the system does not tell.
+
+    Raises `ConfigError` where a k is larger than the bank, `DataError` where the disk has no room for the
+    features.
     """
     if max(ks) > rows:
         raise ConfigError(f"--k {max(ks)} is more than the {rows} rows of the bank; lower it.")
@@ -43,12 +50,18 @@ def bench_knn(
     labels_M = torch.randint(CLASSES, (queries,), generator=random)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    all_seconds = []
     with PeakMemory() as memory:
-        start = time.perf_counter()
-        knn_accuracies(bank_NF, labels_N, queries_MF, labels_M, ks, TEMPERATURE, device, progress=progress)
-        seconds = time.perf_counter() - start
+        for turn in range(repeats):
+            report = _turn_of(turn, repeats, progress)
+            start = time.perf_counter()
+            knn_accuracies(bank_NF, labels_N, queries_MF, labels_M, ks, TEMPERATURE, device, progress=report)
+            all_seconds.append(time.perf_counter() - start)
+    seconds = median(all_seconds)
     on_gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return {
+        "bench": "knn",
+        "device": device.type,
         "rows": rows,
         "width": width,
         "queries": queries,
@@ -57,8 +70,14 @@ def bench_knn(
         "features_mb": 4 * rows * width / 1e6,
         "features_in_a_mapped_file": 4 * rows * width >= MAPPED_FROM_BYTES,
         "seconds": seconds,
+        "all_seconds": all_seconds,
         "queries_per_second": queries / seconds,
         "tflop_per_second": 2 * rows * width * queries / seconds / 1e12,
         "peak_memory_mb": None if memory.bytes is None else memory.bytes / 1e6,
         "peak_gpu_memory_mb": None if on_gpu is None else on_gpu / 1e6,
     }
+
+
+def _turn_of(turn: int, turns: int, progress: Progress | None) -> Progress:
+    """Progress of one turn as a part of all."""
+    return lambda done, total: progress(turn * total + done, turns * total) if progress else None

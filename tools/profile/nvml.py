@@ -77,10 +77,10 @@ class GpuCounters:
             self._ask(lambda sample=sample: self._nvml.nvmlGpmSampleFree(sample))
 
     def _ask(self, question: Callable[[], Any]) -> Any:
-        """None where this GPU or driver does not answer it."""
+        """None where this GPU or driver does not answer it, or an older `pynvml` does not know its name."""
         try:
             return question()
-        except self._nvml.NVMLError:
+        except (self._nvml.NVMLError, AttributeError):
             return None
 
     def _throttle_reasons(self) -> list[str]:

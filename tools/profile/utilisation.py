@@ -121,7 +121,7 @@ def warnings_of(gpu: Mapping[str, Any] | None, cpu: Mapping[str, Any]) -> list[s
         if active is None and ran is not None:
             found.append(
                 f"Some kernel ran for {ran:.0%} of the time, which does not say how much of the GPU it used; "
-                "this GPU tells no more."
+                "no finer counters were read."
             )
         elif ran is not None and ran >= HIGH and active < LOW:
             found.append(
