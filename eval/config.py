@@ -9,6 +9,7 @@ from model.config import Section
 
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
 Rates = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
+Costs = Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Field(min_length=1)]
 Penalties = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)]
 
 
@@ -92,6 +93,19 @@ class TransferConfig(Section):
     seed: Seed = 0
 
 
+class Voc07Config(Section):
+    """Linear SVMs on PASCAL VOC 2007: the settings of VISSL's benchmark."""
+
+    grid: Annotated[int, Field(ge=1, le=7)] = Field(
+        2, description="Side of the grid to which the last stage's map is averaged; 1 for its mean."
+    )
+    costs: Costs = (0.01, 0.1, 1, 2, 5, 10, 15, 20, 50, 100, 1000)
+    folds: Annotated[int, Field(ge=2)] = 3
+    positive_weight: Annotated[float, Field(gt=0)] = 2
+    max_iterations: Annotated[int, Field(ge=1)] = 2000
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+
 class OnlineConfig(Section):
     """What is evaluated during training, where the dataset has labels; the network learns nothing from it."""
 
@@ -120,4 +134,5 @@ class EvalConfig(Section):
     linear_fast: LinearFastConfig = LinearFastConfig()
     semisup: SemisupConfig = SemisupConfig()
     transfer: TransferConfig = TransferConfig()
+    voc07: Voc07Config = Voc07Config()
     online: OnlineConfig = OnlineConfig()

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms import functional as tv
@@ -26,22 +26,15 @@ STREAM_CROPS = 0xFFFFFFFE  # counter word that neither a view of the pretraining
 _ADVICE = "lower eval.features.workers or eval.features.batch_size"
 
 
-class CentreCrops(Dataset):
-    """Sample i as the uint8 centre crop (C, S, S), or as the `DataError` that tells why there is none.
+class PreparedImages(Dataset):
+    """Sample i as uint8 (C, S, S) after `transforms`, or as the `DataError` that tells why there is none.
 
-    The short side is resized first (PIL's bilinear, which filters against aliasing). Errors travel as values
-    because a DataLoader turns a worker's exception into a page of traceback.
+    Errors travel as values because a DataLoader turns a worker's exception into a page of traceback.
     """
 
-    def __init__(self, source: Source, config: FeaturesConfig) -> None:
+    def __init__(self, source: Source, *transforms: nn.Module) -> None:
         self._source = source
-        self._transform = v2.Compose(
-            [
-                v2.Resize(config.resize),
-                v2.CenterCrop(config.image_size),
-                v2.PILToTensor(),
-            ]
-        )
+        self._transform = v2.Compose([*transforms, v2.PILToTensor()])
 
     def __len__(self) -> int:
         return len(self._source)
@@ -51,6 +44,13 @@ class CentreCrops(Dataset):
             return self._transform(read_image(self._source, index))
         except DataError as error:
             return error
+
+
+class CentreCrops(PreparedImages):
+    """The short side is resized first (PIL's bilinear, which filters against aliasing)."""
+
+    def __init__(self, source: Source, config: FeaturesConfig) -> None:
+        super().__init__(source, v2.Resize(config.resize), v2.CenterCrop(config.image_size))
 
 
 class RandomCrops(Dataset):

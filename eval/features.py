@@ -3,7 +3,6 @@
 Shape legend: N samples, n of them on this rank, C colours (3), H and W pixels, F feature width.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,14 +14,13 @@ from eval.config import FeaturesConfig
 from eval.crops import CentreCrops, loading
 from eval.feature_memory import allocate_features
 from eval.keeper import KEEP_NOTHING, Keeper
+from eval.progress import Progress
 from model.collectives import column_range as share_range
 from model.collectives import column_shares, gather_rows, world_size
 from model.errors import ModelError
 from model.weights import IMAGENET, Normalisation
 from pipelines.errors import DataError
 from pipelines.source import Source
-
-Progress = Callable[[int, int], None]  # images done, images in all
 
 BLOCK_IMAGES = 4096  # whose features are kept together: a minute of a CPU's work, seconds of a GPU's
 

@@ -21,7 +21,8 @@ from torch.nn.functional import one_hot, pad
 from eval.classifier import MOMENTUM, cosine, new_classifier
 from eval.config import LinearFastConfig
 from eval.crops import RandomCrops
-from eval.features import FeatureShare, Progress
+from eval.features import FeatureShare
+from eval.progress import Progress, shifted
 from eval.scores import right_answers
 from eval.task import EvalTask
 from model.collectives import sum_over_ranks, sum_over_ranks_
@@ -95,12 +96,12 @@ def choose_and_train(
                 f"learning rate and one weight decay."
             )
         before = config.epochs * (images - count)
-        report = _shifted(progress, 0, before + config.epochs * images)
+        report = shifted(progress, 0, before + config.epochs * images)
         weights_SCE = job.train(settings, np.sort(order_N[count:]), report)  # 2
         right_S = job.right(weights_SCE, passes[0], order_N[:count])[:, 0]
         scores = dict(zip(settings, (right_S.double() / count).tolist(), strict=True))
         chosen = max(settings, key=scores.__getitem__)  # 3
-    report = _shifted(progress, before, before + config.epochs * images)
+    report = shifted(progress, before, before + config.epochs * images)
     weights_1CE = job.train([chosen], np.arange(images), report)  # 4
     if not weights_1CE.isfinite().all():
         raise ModelError(
@@ -181,7 +182,3 @@ def _own(share: FeatureShare, indices_K: np.ndarray) -> np.ndarray:
     """Rows of the share that hold those of the samples which this rank has."""
     rows_K = indices_K - share.start
     return rows_K[(rows_K >= 0) & (rows_K < len(share.labels_n))]
-
-
-def _shifted(progress: Progress | None, before: int, total: int) -> Progress:
-    return lambda done, _: progress(before + done, total) if progress is not None else None

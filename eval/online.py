@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from eval.config import EvalConfig, FeaturesConfig
-from eval.features import CentreCrops, features_of_crops
+from eval.crops import CentreCrops
+from eval.features import features_of_crops
 from eval.knn import knn_accuracy
 from model.weights import Normalisation
 from pipelines.errors import DataError

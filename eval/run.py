@@ -1,31 +1,39 @@
 """From a backbone and two labelled datasets to figures: any protocol."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
 from eval.config import EvalConfig
-from eval.features import Progress, extract_features
 from eval.keeper import KEEP_NOTHING, Keeper
 from eval.knn import knn_accuracies
 from eval.linear import linear
 from eval.linear_fast import linear_fast
+from eval.progress import Progress
 from eval.result import DataSummary, EvalResult, summary
 from eval.semisup import semisup
 from eval.task import EvalTask
 from eval.transfer import EPOCHS, for_data_set, transfer
+from eval.voc07 import check_counts, voc07
 from model.weights import IMAGENET, Normalisation, read_weights
 from pipelines.errors import DataError
 from pipelines.source import Source
 
-Found = tuple[dict[str, float], dict[str, Any]]  # figures, and what to add to the settings
-
+VOC07 = "voc07"
 RANDOM_CROPS = {"augmentation": "random crops"}  # new ones in each epoch
+
+
+class Found(NamedTuple):
+    """Of a protocol: figures, what to add to its settings, and figures by class where it has such."""
+
+    figures: dict[str, float]
+    settings: Mapping[str, Any] = {}
+    classes: Mapping[str, dict[str, float]] = {}
 
 
 def evaluate(
@@ -51,7 +59,10 @@ def evaluate(
     Raises `DataError` where the classes differ, an image cannot be read or there are too few training images;
     `ModelError` where the file cannot be used or something diverges.
     """
-    check_labels(train, test)
+    if protocol == VOC07:
+        check_counts(train, test, config.voc07.folds)
+    else:
+        check_labels(train, test)
     if isinstance(model, nn.Module):
         backbone, normalisation = model, normalisation or IMAGENET
     else:
@@ -68,33 +79,32 @@ def evaluate(
         keeper,
         subset_K,
     )
-    figures, found = PROTOCOLS[protocol](task)
-    settings = settings_of(protocol, config) | found
+    found = PROTOCOLS[protocol](task)
+    settings = {**settings_of(protocol, config), **found.settings}
     learnt_from = (
         summary(train)
         if subset_K is None
         else DataSummary(str(train.path), len(subset_K), len(train.classes))
     )
-    return EvalResult(protocol, settings, {"train": learnt_from, "test": summary(test)}, figures)
+    data = {"train": learnt_from, "test": summary(test)}
+    return EvalResult(protocol, settings, data, found.figures, dict(found.classes))
 
 
 def _knn(task: EvalTask) -> Found:
     """Weighted votes of the nearest neighbours."""
-    total, features = len(task.train) + len(task.test), []
-    for source, name, before in ((task.train, "train", 0), (task.test, "test", len(task.train))):
-        features += extract_features(
-            task.backbone,
-            source,
-            task.config.features,
-            task.device,
-            lambda done, _, before=before: task.progress(before + done, total),
-            normalisation=task.normalisation,
-            keeper=task.keeper,
-            name=name,
-        )
-    knn = task.config.knn
-    found = knn_accuracies(*features, (knn.k, *knn.also_k), knn.temperature, task.device, over_ranks=True)
-    return {"top1": found[knn.k]} | {f"top1_k{k}": found[k] for k in knn.also_k}, {}
+    knn, (bank_NF, queries_MF) = task.config.knn, task.features()
+    labels_N, labels_M = (torch.from_numpy(source.labels_N.copy()) for source in (task.train, task.test))
+    found = knn_accuracies(
+        bank_NF,
+        labels_N,
+        queries_MF,
+        labels_M,
+        (knn.k, *knn.also_k),
+        knn.temperature,
+        task.device,
+        over_ranks=True,
+    )
+    return Found({"top1": found[knn.k]} | {f"top1_k{k}": found[k] for k in knn.also_k})
 
 
 def _linear_fast(task: EvalTask) -> Found:
@@ -104,28 +114,35 @@ def _linear_fast(task: EvalTask) -> Found:
         "chosen": result.chosen._asdict(),
         "held_out_top1": list(result.held_out_top1.values()),  # by ascending rate, then weight decay
     }
-    return {"top1": result.top1, "top5": result.top5}, tried
+    return Found({"top1": result.top1, "top5": result.top5}, tried)
 
 
 def _semisup(task: EvalTask) -> Found:
     """Backbone and classifier fine-tuned on few labels."""
     learnt_from = len(task.train) if task.subset_K is None else len(task.subset_K)
     percent = round(100 * learnt_from / len(task.train), 2)
-    return semisup(task), {"percent": percent, **RANDOM_CROPS}
+    return Found(semisup(task), {"percent": percent, **RANDOM_CROPS})
+
+
+def _voc07(task: EvalTask) -> Found:
+    """A linear machine for each class."""
+    figures, classes = voc07(task)
+    return Found(figures, classes=classes)
 
 
 def _transfer(name: str, task: EvalTask) -> Found:
     """A linear classifier of another data set."""
     config = for_data_set(name, task.config.transfer)
-    return transfer(task, config), {"transfer": config.model_dump(mode="json"), **RANDOM_CROPS}
+    return Found(transfer(task, config), {"transfer": config.model_dump(mode="json"), **RANDOM_CROPS})
 
 
 PROTOCOLS: dict[str, Callable[[EvalTask], Found]] = {
     "knn": _knn,
-    "linear": lambda task: (linear(task), RANDOM_CROPS),
+    "linear": lambda task: Found(linear(task), RANDOM_CROPS),
     "linear-fast": _linear_fast,
     "semisup": _semisup,
     **{f"transfer-{name}": partial(_transfer, name) for name in EPOCHS},
+    VOC07: _voc07,
 }
 
 

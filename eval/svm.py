@@ -4,7 +4,7 @@ Shape legend: N samples, n of them that count for a class, M test samples, F fea
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,9 +37,8 @@ def fit_classes(
     test_MF: np.ndarray,
     settings: SvmSettings,
     jobs: int,
-    progress: Callable[[int, int], None],
-) -> list[FittedClass]:
-    """One machine against the rest for each class, on `jobs` processes; `progress` counts classes.
+) -> Iterator[FittedClass]:
+    """One machine against the rest for each class, in their order, on `jobs` processes.
 
     `presence_NC`: 1 for a class that is present, -1 for one that is not; 0 leaves the sample out for it.
     """
@@ -50,11 +49,7 @@ def fit_classes(
         delayed(fit_class)(train_NF, np.ascontiguousarray(presence_NC[:, c]), test_MF, settings)
         for c in range(num_classes)
     )
-    fitted = []
-    for found in Parallel(n_jobs=min(jobs, num_classes), return_as="generator")(work):
-        fitted.append(found)
-        progress(len(fitted), num_classes)
-    return fitted
+    return Parallel(n_jobs=max(1, min(jobs, num_classes)), return_as="generator")(work)
 
 
 def fit_class(

@@ -1,15 +1,21 @@
-"""What a protocol works on."""
+"""What a protocol works on.
 
+Shape legend: N training samples, M test samples, K of a subset, F feature width.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from eval.config import EvalConfig
-from eval.features import FeatureShare, Progress, extract_share
+from eval.config import EvalConfig, FeaturesConfig
+from eval.crops import CentreCrops
+from eval.features import FeatureShare, extract_share, gathered
 from eval.keeper import KEEP_NOTHING, Keeper
+from eval.progress import Progress, shifted
 from model.weights import Normalisation
 from pipelines.source import Source
 
@@ -35,6 +41,24 @@ class EvalTask:
     def num_classes(self) -> int:
         return len(self.train.classes)
 
+    def features(
+        self,
+        *,
+        backbone: nn.Module | None = None,
+        images: Callable[[Source, FeaturesConfig], Dataset] = CentreCrops,
+    ) -> tuple[Tensor, Tensor]:
+        """All ranks' features of the training images (N, F), and of those to test on (M, F), on the CPU.
+
+        `backbone` is the task's own unless another is given.
+        """
+        total, before, found = len(self.train) + len(self.test), 0, []
+        for source, name in ((self.train, "train"), (self.test, "test")):
+            prepared = images(source, self.config.features)
+            share = self.share(source, name, before, total, images=prepared, backbone=backbone)
+            found.append(gathered(share, self.device))
+            before += len(source)
+        return found[0], found[1]
+
     def share(
         self,
         source: Source,
@@ -55,7 +79,7 @@ class EvalTask:
             source,
             self.config.features,
             self.device,
-            lambda done, _: self.progress(before + done, total),
+            shifted(self.progress, before, total),
             normalisation=self.normalisation,
             images=images,
             keeper=KEEP_NOTHING if name is None else self.keeper,

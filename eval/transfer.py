@@ -20,10 +20,11 @@ EPOCHS = {"places205": 14, "inat18": 84, "folder": 28}  # the paper's, and for o
 def parts_of(name: str, root: Path) -> tuple[Path, Path]:
     """What to train and to test on: a data set of `LAYOUTS`, or the folders train and val of class folders.
 
-    `name` is a key of `EPOCHS`; both are for `open_source`.
+    Both are for `open_source`.
     """
     if name in LAYOUTS:
-        return Path(f"{name}:{root}:train"), Path(f"{name}:{root}:val")
+        train, test = (Path(f"{name}:{root}:{part}") for part in LAYOUTS[name].parts)
+        return train, test
     return root / "train", root / "val"
 
 

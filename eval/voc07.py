@@ -12,128 +12,75 @@ a map.
 
 import copy
 import os
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
-from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from eval.average_precision import eleven_point_average_precision, interpolated_average_precision
 from eval.config import FeaturesConfig
-from eval.features import Progress, extract_features
-from eval.result import DataSummary, EvalResult
+from eval.crops import PreparedImages
 from eval.svm import SvmSettings, fit_classes
-from model.config import Section
+from eval.task import EvalTask
+from model.collectives import column_range as share_range
+from model.collectives import objects_of_all_ranks, world_size
 from model.errors import ModelError
-from model.weights import IMAGENET, Normalisation
 from pipelines.errors import DataError
-from pipelines.source import Source, Voc07Source, read_image
+from pipelines.source import Source, Voc07Source
 from pipelines.source.voc import DIFFICULT, PRESENT, VOC_CLASSES
 
 NORM_FLOOR = 1e-5  # added to a feature's length before it is divided by it
 
-Costs = Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], Field(min_length=1)]
 
-
-class Voc07Config(Section):
-    """The settings of VISSL's benchmark."""
-
-    grid: Annotated[int, Field(ge=1, le=7)] = Field(
-        2, description="Side of the grid to which the last stage's map is averaged; 1 for its mean."
-    )
-    costs: Costs = (0.01, 0.1, 1, 2, 5, 10, 15, 20, 50, 100, 1000)
-    folds: Annotated[int, Field(ge=2)] = 3
-    positive_weight: Annotated[float, Field(gt=0)] = 2
-    max_iterations: Annotated[int, Field(ge=1)] = 2000
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-
-
-@dataclass(frozen=True)
-class ClassFigures:
-    """Of one class; shares from 0 to 1."""
-
-    average_precision: float
-    eleven_point: float
-    cost: float
-    held_out_precision: float
-    unconverged: int
-
-
-def voc07(
-    backbone: nn.Module,
-    devkit: Path,
-    features: FeaturesConfig,
-    config: Voc07Config,
-    device: torch.device | str,
-    progress: Progress | None = None,
-    *,
-    normalisation: Normalisation = IMAGENET,
-    jobs: int | None = None,
-) -> tuple[EvalResult, dict[str, ClassFigures]]:
-    """Train on trainval, test on test; the result, and the figures by class.
+def voc07(task: EvalTask) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Figures over all classes, and those by class; the sources are of `Voc07Source`, trainval and test.
 
     `mAP` is the mean over the classes of the interpolated average precision, as VISSL computes it;
     `mAP_11_point` of the measure that VOC itself took in 2007. `progress` counts images, and then classes.
-    The machines are fitted on `jobs` processes, by default on all cores; how many changes nothing.
+    The machines are fitted on as many processes as decode images, as far as there are cores for them.
 
     1. features of the squashed images, of length 1
-    2. for each class a machine, its cost picked by cross-validation; see `eval.svm`
+    2. for each class a machine, its cost picked by cross-validation, see `eval.svm`; ranks share the classes
     3. average precisions over the test images that count for the class
 
-    Raises `DataError` for what `Voc07Source` refuses and classes with fewer images than folds; `ModelError`
-    where the map is smaller than the grid.
+    Raises `DataError` where an image cannot be read, `ModelError` where the map is smaller than the grid.
     """
-    sources = {"train": Voc07Source(devkit, "trainval"), "test": Voc07Source(devkit, "test")}
-    for part, source in sources.items():
-        _check_counts(source, config.folds if part == "train" else 1)
-    pooled = copy.deepcopy(backbone)
+    config, train, test = task.config.voc07, task.train, task.test
+    pooled = copy.deepcopy(task.backbone)
     pooled.avgpool = GridPool(config.grid)
-    tell, total = progress or (lambda done, total: None), sum(map(len, sources.values()))
-    parts = []
-    for source, before in zip(sources.values(), (0, len(sources["train"])), strict=True):  # 1
-        features_NF, _ = extract_features(
-            pooled,
-            source,
-            features,
-            device,
-            lambda done, _, before=before: tell(before + done, total),
-            normalisation=normalisation,
-            images=SquashedImages(source, features),
-        )
-        parts.append(_unit(features_NF.double().numpy()))
-
-    train, test = sources.values()
+    train_NF, test_MF = (  # 1
+        _unit(features.double().numpy()) for features in task.features(backbone=pooled, images=SquashedImages)
+    )
     settings = SvmSettings(
         config.costs, config.folds, config.positive_weight, config.max_iterations, config.seed
     )
-    jobs = jobs or len(os.sched_getaffinity(0))
-    fitted = fit_classes(parts[0], train.presence_NC, parts[1], settings, jobs, tell)  # 2
-    by_class = {}
-    for place, (name, found) in enumerate(zip(VOC_CLASSES, fitted, strict=True)):  # 3
+    cores = len(os.sched_getaffinity(0)) // world_size()
+    jobs = max(1, min(task.config.features.workers, cores))
+    mine = VOC_CLASSES[share_range(len(VOC_CLASSES))]
+    by_class = {name: task.keeper.load(f"class-{name}") for name in mine}
+    missing = [name for name, kept in by_class.items() if kept is None]
+    places = [VOC_CLASSES.index(name) for name in missing]
+    fitted = fit_classes(train_NF, train.presence_NC[:, places], test_MF, settings, jobs)
+    for done, (name, place, found) in enumerate(zip(missing, places, fitted, strict=True), start=1):  # 2
         counts_M = test.presence_NC[:, place] != DIFFICULT
-        ranking = test.presence_NC[counts_M, place] == PRESENT, found.scores_M[counts_M]
-        by_class[name] = ClassFigures(
-            interpolated_average_precision(*ranking),
-            eleven_point_average_precision(*ranking),
-            found.cost,
-            found.held_out_precision,
-            found.unconverged,
-        )
+        ranking = test.presence_NC[counts_M, place] == PRESENT, found.scores_M[counts_M]  # 3
+        by_class[name] = {
+            "average_precision": interpolated_average_precision(*ranking),
+            "eleven_point": eleven_point_average_precision(*ranking),
+            "cost": found.cost,
+            "held_out_precision": found.held_out_precision,
+            "unconverged": found.unconverged,
+        }
+        task.keeper.save(f"class-{name}", by_class[name])
+        done_here = len(mine) - len(missing) + done
+        task.progress(done_here * len(VOC_CLASSES) // len(mine), len(VOC_CLASSES))
+    classes = {name: found for of_rank in objects_of_all_ranks(by_class) for name, found in of_rank.items()}
     figures = {
-        "mAP": float(np.mean([of.average_precision for of in by_class.values()])),
-        "mAP_11_point": float(np.mean([of.eleven_point for of in by_class.values()])),
+        figure: float(np.mean([found[key] for found in classes.values()]))
+        for figure, key in (("mAP", "average_precision"), ("mAP_11_point", "eleven_point"))
     }
-    data = {
-        part: DataSummary(str(source.path), len(source), len(VOC_CLASSES)) for part, source in sources.items()
-    }
-    used = {"features": features.model_dump(mode="json"), "voc07": config.model_dump(mode="json")}
-    return EvalResult("voc07", used, data, figures), by_class
+    return figures, classes
 
 
 class GridPool(nn.Module):
@@ -154,35 +101,29 @@ class GridPool(nn.Module):
         return avg_pool2d(map_NCHW, (H - self.grid + 1, W - self.grid + 1), stride=1)
 
 
-class SquashedImages(Dataset):
-    """Sample i as uint8 (3, S, S): short side resized, then both sides, whatever the shape; or its error."""
+class SquashedImages(PreparedImages):
+    """uint8 (3, S, S): short side resized, then both sides, whatever the shape."""
 
     def __init__(self, source: Source, config: FeaturesConfig) -> None:
-        self._source = source
-        sides = [config.image_size, config.image_size]
-        self._transform = v2.Compose([v2.Resize(config.resize), v2.Resize(sides), v2.PILToTensor()])
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> Tensor | DataError:
-        try:
-            return self._transform(read_image(self._source, index))
-        except DataError as error:
-            return error
+        super().__init__(source, v2.Resize(config.resize), v2.Resize([config.image_size] * 2))
 
 
 def _unit(features_NF: np.ndarray) -> np.ndarray:
     return features_NF / (np.linalg.norm(features_NF, axis=1, keepdims=True) + NORM_FLOOR)
 
 
-def _check_counts(source: Voc07Source, least: int) -> None:
-    """Raise `DataError` where too few images show a class, or too few do not, to learn or to test it."""
-    for place, name in enumerate(VOC_CLASSES):
-        for value, what in ((PRESENT, "with"), (-PRESENT, "without")):
-            count = int((source.presence_NC[:, place] == value).sum())
-            if count < least:
-                raise DataError(
-                    f"{source.path} has {count} images of this part {what} the class {name}, and {least} are "
-                    f"needed; unpack the whole archive."
-                )
+def check_counts(train: Source, test: Source, folds: int) -> None:
+    """Raise `DataError` unless both are of VOC 2007, with images enough to learn and to test each class."""
+    for source, least in ((train, folds), (test, 1)):
+        if not isinstance(source, Voc07Source):
+            raise DataError(
+                f"{source.path} is not PASCAL VOC 2007; name it voc07:VOCDEVKIT:trainval or :test."
+            )
+        for place, name in enumerate(VOC_CLASSES):
+            for value, what in ((PRESENT, "with"), (-PRESENT, "without")):
+                count = int((source.presence_NC[:, place] == value).sum())
+                if count < least:
+                    raise DataError(
+                        f"{source.path} has {count} images of this part {what} the class {name}, and {least} "
+                        f"are needed; unpack the whole archive."
+                    )

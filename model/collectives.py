@@ -54,6 +54,15 @@ def object_from_first_rank(value: Any) -> Any:
     return shared[0]
 
 
+def objects_of_all_ranks(value: Any) -> list[Any]:
+    """Every rank's `value`, anything that can be pickled, in rank order; tensors should be on the CPU."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def gather_rows(x_nD: Tensor) -> Tensor:
     """Rows of all ranks stacked in rank order, (N, D); every rank must hold the same number of rows."""
     if world_size() == 1:

@@ -110,3 +110,17 @@ def _write_voc_image(root: Path, name: str, objects: list[VocObject], random: np
     ElementTree.ElementTree(annotation).write(root / "Annotations" / f"{name}.xml")
     image = Image.fromarray(pixels_HW3.clip(0, 255).astype(np.uint8))
     image.save(root / "JPEGImages" / f"{name}.jpg", quality=95)
+
+
+def draw_voc_objects(count: int, first: int, seed: int) -> dict[str, list]:
+    """Images with two objects each, a fifth of them difficult; every class is on some of them."""
+    random = np.random.default_rng(seed)
+    images = {}
+    for number in range(count):
+        kinds = VOC_CLASSES[number % 20], VOC_CLASSES[int(random.integers(20))]
+        corners = random.integers(1, 25, (2, 2)).tolist()
+        images[f"{first + number:06}"] = [
+            (kind, number >= 40 and random.random() < 0.4, (x, y, x + 30, y + 30))
+            for kind, (x, y) in zip(kinds, corners, strict=True)
+        ]
+    return images

@@ -1,19 +1,22 @@
 """What several tests of evaluations need: a network that costs next to nothing, and a keeper in memory."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eval.config import EvalConfig
 from eval.features import Progress
 from eval.linear import linear
+from eval.result import EvalResult
+from eval.run import VOC07, evaluate
 from eval.semisup import semisup
 from eval.task import EvalTask
-from eval.transfer import for_data_set, transfer
+from eval.transfer import for_data_set, parts_of, transfer
 from model.weights import Normalisation
-from pipelines.source import Source
+from pipelines.source import Source, open_source
 
 STATISTICS = Normalisation((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
@@ -25,6 +28,31 @@ def tiny_backbone() -> nn.Module:
     norm.running_mean.normal_(std=0.1)
     norm.running_var.uniform_(0.5, 1.5)
     return nn.Sequential(convolution, norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+
+
+class Pixels(nn.Module):
+    """A backbone whose last map is its image at an eighth of the size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        return self.avgpool(nn.functional.avg_pool2d(images_NCHW, 8)).flatten(1)
+
+
+VOC07_CONFIG = EvalConfig.model_validate(
+    {
+        "features": {"image_size": 32, "resize": 36, "batch_size": 16, "workers": 0},
+        "voc07": {"costs": (0.1, 10), "folds": 2},
+    }
+)
+
+
+def measure_voc07(devkit: Path, backbone: nn.Module, **options: Any) -> EvalResult:
+    """With few costs and small images."""
+    parts = map(open_source, parts_of(VOC07, devkit))
+    return evaluate(VOC07, backbone, *parts, VOC07_CONFIG, "cpu", **options)
 
 
 class MemoryKeeper:

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from eval.config import FeaturesConfig, TransferConfig
+from eval.config import FeaturesConfig, TransferConfig, Voc07Config
 from eval.transfer import for_data_set
-from eval.voc07 import Voc07Config
 from pipelines.errors import DataError
 from tools.cli import app
 from tools.eval_report import build_report
@@ -26,6 +25,7 @@ IMAGENET = {
 LINEAR = {
     "checkpoint": "runs/a/checkpoint.pt",
     "checkpoint_sha256": SHA,
+    "architecture": "resnet50",
     "protocol": "linear",
     "settings": {
         "features": {"image_size": 224, "resize": 256, "batch_size": 64},
@@ -147,15 +147,17 @@ def test_a_figure_that_does_not_say_where_it_is_from_is_not_shown(
 def test_settings_that_differ_are_stated_in_the_row(tmp_path: Path) -> None:
     record = changed(
         LINEAR,
-        settings__linear__lr=0.1,
+        architecture="resnet18 with the small stem",
+        settings__linear__lr=0.2,
         settings__linear__weight_decay=None,
         settings__features__resize=224,
         settings__features__batch_size=7,  # of no consequence
     )
     (row,) = build_report([written(tmp_path, record)]).ours[1]
     assert row.notes == [
+        "linear: resnet18 with the small stem instead of resnet50",
         "linear: features.resize 224 instead of 256",
-        "linear: linear.lr 0.1 instead of 0.3",
+        "linear: linear.lr 0.2 instead of 0.3 or 0.1",
         "linear: linear.weight_decay not stated",
     ]
 

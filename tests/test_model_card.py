@@ -149,7 +149,10 @@ def test_card_draws_on_checkpoint_dataset_log_and_evaluations(
     figures = {"top1": 0.3125, "top5": 0.75}
     data = {"train": DataSummary("d/train.beton", 10, 2), "test": DataSummary("d/val set.beton", 7, 2)}
     ours = result_record(
-        EvalResult("linear", {"epochs": 3, "features": {"resize": 9}}, data, figures), run.checkpoint, CPU
+        EvalResult("linear", {"epochs": 3, "features": {"resize": 9}}, data, figures),
+        run.checkpoint,
+        "resnet18",
+        CPU,
     )
     write_record(ours, default_place(run.checkpoint, "linear", Path("val")))
     write_record(

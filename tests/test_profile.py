@@ -143,7 +143,6 @@ def test_profile_measures_each_part_alone_and_tells_which(profile: tuple) -> Non
 def test_profile_writes_its_files_and_leaves_the_checkpoint_alone(config: RunConfig, profile: tuple) -> None:
     result, _, out = profile
     assert read_json(out / "profile.json") == json.loads(json.dumps(result)) == result
-    assert (out / "profile.png").read_bytes().startswith(b"\x89PNG")
     assert result["verdict"]["sentence"] in html.unescape((out / "report.html").read_text())
     assert json.loads(gzip.decompress((out / result["kernels"]["trace"]).read_bytes()))["traceEvents"]
     assert sum(result["kernels"]["shares"].values()) == pytest.approx(1)

@@ -92,4 +92,4 @@ def test_first_rank_tells_of_progress_and_writes_the_files(
     for cause in profiles:
         names = {path.name for path in (config.run_dir.parent / cause).iterdir()}
         traces = {"trace-rank0.json.gz", "trace-rank1.json.gz"}
-        assert names == {"profile.json", "profile.png", "report.html", *traces}
+        assert names == {"profile.json", "report.html", *traces}

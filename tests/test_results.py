@@ -15,13 +15,14 @@ RESULT = EvalResult("knn", {"k": 5}, {"test": DataSummary("data/val.beton", 7, 3
 def test_results_are_found_by_what_the_checkpoint_holds(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint.pt"
     checkpoint.write_bytes(b"weights")
-    record = result_record(RESULT, checkpoint, torch.device("cpu"))
+    record = result_record(RESULT, checkpoint, "resnet18", torch.device("cpu"))
     assert record["checkpoint_sha256"] == file_hash(checkpoint)
     place = default_place(checkpoint, "knn", Path("data/val.beton"))
     assert place == tmp_path / "eval" / "checkpoint-knn-val.json"
     write_record(record, place)
     (tmp_path / "eval" / "broken.json").write_text("{")
     assert records_of(checkpoint) == [record]
+    assert record["architecture"] == "resnet18"
     assert record["figures"] == {"top1": 0.25} and record["data"]["test"]["images"] == 7
     checkpoint.write_bytes(b"other weights")
     assert records_of(checkpoint) == []

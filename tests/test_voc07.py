@@ -11,21 +11,21 @@ from PIL import Image
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import LinearSVC
-from torch import Tensor, nn
+from torch import nn
 from typer.testing import CliRunner
 
 from eval.average_precision import eleven_point_average_precision, interpolated_average_precision
-from eval.config import FeaturesConfig
+from eval.run import VOC07, evaluate
 from eval.svm import SvmSettings, fit_class, fit_classes
-from eval.voc07 import GridPool, Voc07Config, voc07
+from eval.voc07 import GridPool
 from model.errors import ModelError
 from pipelines.errors import DataError
+from pipelines.source import open_source
 from pipelines.source.voc import VOC_CLASSES
-from tests.dataset_trees import write_voc
+from tests.dataset_trees import draw_voc_objects, write_voc
+from tests.evaluations import VOC07_CONFIG, MemoryKeeper, Pixels, StoppedError, measure_voc07, stop_after
 from tools.cli import app
 
-FEATURES = FeaturesConfig(image_size=32, resize=36, batch_size=16, workers=0)
-CONFIG = Voc07Config(costs=(0.1, 10), folds=2)
 SETTINGS = SvmSettings(costs=(0.01, 1, 100), folds=3, positive_weight=2, max_iterations=2000, seed=0)
 
 
@@ -114,13 +114,9 @@ def test_difficult_images_of_a_class_teach_it_nothing_and_other_classes_somethin
     spoiled = train.copy()
     spoiled[presence == 0] = 1e3
     both = np.stack([presence, np.where(presence == 0, 1, -1)], axis=1)
-    calls: list[tuple[int, int]] = []
-    plain, other = (
-        fit_classes(x, both, test, SETTINGS, 1, lambda *call: calls.append(call)) for x in (train, spoiled)
-    )
+    plain, other = (list(fit_classes(x, both, test, SETTINGS, 1)) for x in (train, spoiled))
     assert plain[0].scores_M.tolist() == other[0].scores_M.tolist()
     assert plain[1].scores_M.tolist() != other[1].scores_M.tolist()
-    assert calls == [(1, 2), (2, 2)] * 2
 
 
 def test_fits_that_do_not_converge_are_counted() -> None:
@@ -137,35 +133,12 @@ def test_grid_is_the_published_pooling() -> None:
         GridPool(2)(map_NCHW[..., :1, :3])
 
 
-class Pixels(nn.Module):
-    """A backbone whose last map is its image at an eighth of the size."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
-
-    def forward(self, images_NCHW: Tensor) -> Tensor:
-        return self.avgpool(nn.functional.avg_pool2d(images_NCHW, 8)).flatten(1)
-
-
-def draw_objects(count: int, first: int, seed: int) -> dict[str, list]:
-    """Images with two objects each, a fifth of them difficult; every class is on some of them."""
-    random = np.random.default_rng(seed)
-    images = {}
-    for number in range(count):
-        kinds = VOC_CLASSES[number % 20], VOC_CLASSES[int(random.integers(20))]
-        corners = random.integers(1, 25, (2, 2)).tolist()
-        images[f"{first + number:06}"] = [
-            (kind, number >= 40 and random.random() < 0.4, (x, y, x + 30, y + 30))
-            for kind, (x, y) in zip(kinds, corners, strict=True)
-        ]
-    return images
-
-
 @pytest.fixture(scope="module")
 def devkit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("VOCdevkit")
-    write_voc(folder, {"trainval": draw_objects(60, 1, seed=1), "test": draw_objects(45, 1000, seed=2)})
+    write_voc(
+        folder, {"trainval": draw_voc_objects(60, 1, seed=1), "test": draw_voc_objects(45, 1000, seed=2)}
+    )
     return folder
 
 
@@ -185,9 +158,7 @@ def plain_features(file: Path) -> np.ndarray:
 def test_protocol_is_its_steps(devkit: Path) -> None:
     calls: list[tuple[int, int]] = []
     backbone = Pixels()
-    result, by_class = voc07(
-        backbone, devkit, FEATURES, CONFIG, "cpu", lambda *call: calls.append(call), jobs=1
-    )
+    result = measure_voc07(devkit, backbone, progress=lambda *call: calls.append(call))
     root = devkit / "VOC2007"
     features, presence = {}, {}
     for part in ("trainval", "test"):
@@ -204,7 +175,7 @@ def test_protocol_is_its_steps(devkit: Path) -> None:
         ranking = (presence["test", kind][scored] == 1).tolist(), found.scores_M[scored].tolist()
         means[0].append(area(*ranking))
         means[1].append(eleven_points(*ranking))
-        assert by_class[kind].average_precision == pytest.approx(means[0][-1], abs=1e-9), kind
+        assert result.classes[kind]["average_precision"] == pytest.approx(means[0][-1], abs=1e-9), kind
     assert any((values == 0).any() for values in presence.values())
     assert result.figures["mAP"] == pytest.approx(np.mean(means[0]), abs=1e-9)
     assert result.figures["mAP_11_point"] == pytest.approx(np.mean(means[1]), abs=1e-9)
@@ -213,14 +184,25 @@ def test_protocol_is_its_steps(devkit: Path) -> None:
     assert isinstance(backbone.avgpool, nn.AdaptiveAvgPool2d)  # the caller's network stays as it is
 
 
+def test_a_stop_between_classes_costs_none_of_those_that_are_fitted(devkit: Path) -> None:
+    keeper, calls = MemoryKeeper(), []
+    with pytest.raises(StoppedError):
+        measure_voc07(devkit, Pixels(), keeper=keeper, progress=stop_after(105 // 15 + 7))
+    kept = [name for name in keeper.kept if name.startswith("class-")]
+    assert 1 < len(kept) < 20
+    result = measure_voc07(devkit, Pixels(), keeper=keeper, progress=lambda *call: calls.append(call))
+    assert calls[-(20 - len(kept)) :] == [(done, 20) for done in range(len(kept) + 1, 21)]
+    assert result == measure_voc07(devkit, Pixels())
+
+
 def test_command_writes_figures_and_classes(devkit: Path, tmp_path: Path, write_checkpoint: Callable) -> None:
     checkpoint = tmp_path / "checkpoint.pt"
     write_checkpoint(
         checkpoint,
         model={"backbone": "resnet18"},
-        eval={"features": FEATURES.model_dump()},
+        eval={"features": VOC07_CONFIG.features.model_dump()},
     )
-    arguments = ["eval", "voc07", str(checkpoint), str(devkit), "--jobs", "1", "--json", "--device", "cpu"]
+    arguments = ["eval", "voc07", str(checkpoint), str(devkit), "--workers", "0", "--json", "--device", "cpu"]
     arguments += ["--cost", "1", "--image-size", "24", "--folds", "2", "--grid", "1"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
@@ -236,6 +218,17 @@ def test_command_writes_figures_and_classes(devkit: Path, tmp_path: Path, write_
 
 
 def test_class_with_too_few_images_is_one_sentence(tmp_path: Path) -> None:
-    write_voc(tmp_path, {"trainval": draw_objects(19, 1, seed=1), "test": draw_objects(20, 1000, seed=2)})
+    write_voc(
+        tmp_path, {"trainval": draw_voc_objects(19, 1, seed=1), "test": draw_voc_objects(20, 1000, seed=2)}
+    )
     with pytest.raises(DataError, match=r"^[^\n]* images of this part with the class \w+, and 2 [^\n]*\.$"):
-        voc07(Pixels(), tmp_path, FEATURES, CONFIG, "cpu", jobs=1)
+        measure_voc07(tmp_path, Pixels())
+
+
+def test_images_of_another_kind_are_one_sentence(
+    devkit: Path, tmp_path: Path, write_images: Callable
+) -> None:
+    write_images(tmp_path, ["a", "b"], per_class=2)
+    voc, folder = open_source(Path(f"voc07:{devkit}")), open_source(tmp_path)
+    with pytest.raises(DataError, match=r"is not PASCAL VOC 2007; "):
+        evaluate(VOC07, Pixels(), voc, folder, VOC07_CONFIG, "cpu")

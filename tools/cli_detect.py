@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tools.console import EXIT_INTERRUPTED, EXIT_PREEMPTED, leave, say, show_json, show_table
+from tools.console import EXIT_INTERRUPTED, EXIT_PREEMPTED, leave, say, show_json, show_result
 from tools.options import Checkpoint, Device, Json, ResultFile
 
 if TYPE_CHECKING:
@@ -130,9 +130,8 @@ def _settings(
 
 
 def _tell(record: dict[str, Any], job: "DetectionJob", *, as_json: bool) -> None:
-    figures, data = record["figures"], record["data"]
-    rows = [("", *figures), (record["protocol"], *(f"{share:.1%}" for share in figures.values()))]
-    show_table(f"{record['protocol']} on {data['test']['path']}", rows, as_json=as_json)
+    show_result(record, as_json=as_json)
+    data = record["data"]
     say(
         f"{data['train']['images']:,} images to learn from, {job.config.iterations:,} iterations of "
         f"{job.config.batch_size}; {data['test']['images']:,} to test. Written to {job.out}, the detector to "

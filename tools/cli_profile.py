@@ -51,7 +51,7 @@ def profile(
     Also samples how busy cores and GPU are, and traces a few more steps: which kinds of kernels take the
     time, and how near they come to what the device was measured to reach.
 
-    Writes report.html to look at, profile.json, profile.png and the traces for ui.perfetto.dev into OUT.
+    Writes report.html to look at, profile.json and the traces for ui.perfetto.dev into OUT.
 
     Examples
 

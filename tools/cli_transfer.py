@@ -1,21 +1,14 @@
 """`fastbarlow eval transfer` and `eval voc07`: other data sets."""
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
 import typer
 
-from tools.console import progress_bar, say, show_json, show_result, show_table
-from tools.eval_options import ImageOptions, OutputOptions, RankOptions, eval_settings, grouped
+from tools.console import say, show_table
+from tools.eval_options import ImageOptions, OutputOptions, RankOptions, grouped
 from tools.eval_protocol import run_protocol
 from tools.options import Checkpoint
-
-if TYPE_CHECKING:
-    from pydantic import BaseModel
-
-
-Section = TypeVar("Section", bound="BaseModel")
 
 
 @grouped
@@ -101,24 +94,26 @@ def voc07(
         Path, typer.Argument(metavar="VOCDEVKIT", help="Folder that holds VOC2007, as the archives unpack.")
     ],
     grid: Annotated[
-        int,
-        typer.Option(min=1, max=7, help="Side of the grid to which the last map is averaged; 1: its mean."),
-    ] = 2,
+        int | None,
+        typer.Option(
+            help="Side of the grid to which the last map is averaged, 1 for its mean; default: the run's "
+            "own, or 2."
+        ),
+    ] = None,
     cost: Annotated[
         list[float] | None,
         typer.Option(
-            min=1e-9, max=1e9, help="Cost to choose from; may be given several times. [eleven, 0.01 to 1000]"
+            help="Cost to choose from; may be given several times; default: the run's own, or eleven from "
+            "0.01 to 1000."
         ),
     ] = None,
-    folds: Annotated[int, typer.Option(min=2, help="Parts of trainval to choose the cost on.")] = 3,
-    jobs: Annotated[
+    folds: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Processes that fit the machines, of up to 1.5 GB each. [the cores at hand]"
-        ),
+        typer.Option(help="Parts of trainval to choose the cost on; default: the run's own, or 3."),
     ] = None,
     *,
     images: ImageOptions,
+    ranks: RankOptions,
     output: OutputOptions,
 ) -> None:
     """Classify PASCAL VOC 2007 with linear SVMs on frozen features: train on trainval, test on test.
@@ -126,67 +121,35 @@ def voc07(
     The paper's protocol, with the settings of VISSL, whose authors are its source: images squashed to a
     square, the last stage's map averaged to 2 x 2 places (8192 features of a ResNet-50), length 1; one
     machine for each of the 20 classes, its cost picked by cross-validation on trainval. Objects marked as
-    difficult count neither for nor against.
+    difficult count neither for nor against. The machines are fitted on --workers processes, of up to 1.5 GB
+    each, or as many as there are cores.
 
     mAP is the mean of the interpolated average precision, which VISSL reports; mAP_11_point is the measure of
-    the challenge in 2007. The result, a JSON file too, has the figures of each class.
+    the challenge in 2007. The result, a JSON file too, has the figures of each class. Stops and processes are
+    as those of `eval linear`.
 
     Examples
 
         fastbarlow eval voc07 runs/a/checkpoint.pt VOCdevkit
-        fastbarlow eval voc07 resnet50.pth VOCdevkit --grid 1 --jobs 4 --json
+        fastbarlow eval voc07 resnet50.pth VOCdevkit --grid 1 --workers 4 --json
     """
-    from eval.voc07 import Voc07Config
-    from eval.voc07 import voc07 as measure
-    from model.weights import read_weights
-    from tools.results import default_place, result_record, write_record
-    from train.distributed import process_group
+    from eval.transfer import parts_of
+    from pipelines.source.voc import YEAR
 
-    weights = read_weights(checkpoint)
-    features = eval_settings(weights, checkpoint, images.given()).features
-    config = _checked(Voc07Config, {"grid": grid, "folds": folds} | ({"costs": tuple(cost)} if cost else {}))
-    with process_group(output.device) as world, progress_bar("images, then classes") as progress:
-        result, by_class = measure(
-            weights.build(),
-            devkit,
-            features,
-            config,
-            world.device,
-            progress,
-            normalisation=weights.normalisation,
-            jobs=jobs,
-        )
-        record = result_record(result, checkpoint, world.device)
-    record["classes"] = {name: asdict(figures) for name, figures in by_class.items()}
-    out = output.out or default_place(checkpoint, "voc07", Path("VOC2007"))
-    write_record(record, out)
+    options = {"voc07": {"grid": grid, "costs": tuple(cost) if cost else None, "folds": folds}}
+    train, test = parts_of("voc07", devkit)
+    record = run_protocol("voc07", checkpoint, train, test, options, images, ranks, output, place=Path(YEAR))
+    if record is None:
+        return
     rows = [("class", "AP", "11 points", "cost")]
     rows += [
-        (name, f"{of.average_precision:.2%}", f"{of.eleven_point:.2%}", f"{of.cost:g}")
-        for name, of in by_class.items()
+        (name, f"{of['average_precision']:.2%}", f"{of['eleven_point']:.2%}", f"{of['cost']:g}")
+        for name, of in record["classes"].items()
     ]
     show_table("Classes", rows, as_json=output.as_json)
-    show_result(record, as_json=output.as_json)
-    unconverged = sum(of.unconverged for of in by_class.values())
+    unconverged = sum(of["unconverged"] for of in record["classes"].values())
     if unconverged:
         say(
             f"{unconverged} fits stopped at the limit of iterations, which VISSL has too.",
             as_json=output.as_json,
         )
-    say(f"Written to {out}.", as_json=output.as_json)
-    if output.as_json:
-        show_json(record)
-
-
-def _checked(section: type[Section], settings: dict[str, Any]) -> Section:
-    """Raises `ConfigError` for the first setting that is out of range."""
-    from pydantic import ValidationError
-
-    from train.errors import ConfigError
-
-    try:
-        return section.model_validate(settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key, rule = first["loc"][0], first["msg"].replace("Input should", "should")
-        raise ConfigError(f"{key}: {rule}, not {first['input']!r}; change the option.") from None

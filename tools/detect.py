@@ -73,7 +73,7 @@ def run_detection(job: DetectionJob, on_report: OnReport | None = None) -> dict[
         if not finetuning.run(save, lambda: writer.is_due, lambda: bool(stop.signal), on_report):
             return Stopped(signal.Signals(stop.signal or signal.SIGTERM).name, finetuning.done)
         result = evaluate(job.protocol, finetuning, test, on_report)
-        record = result_record(result, job.checkpoint, world.device)
+        record = result_record(result, job.checkpoint, weights.architecture, world.device)
         if world.is_main:
             write_record(record, job.out)
         world.gather(None)

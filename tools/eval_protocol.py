@@ -33,8 +33,8 @@ def run_protocol(
     kind: str | None = None,
     place: Path | None = None,
     **which: Any,
-) -> None:
-    """Run the protocol and tell its result.
+) -> dict[str, Any] | None:
+    """Run the protocol and tell its result, which it gives back on the first rank.
 
     `kind` and `place` are what its file is named after, by default protocol and `test`; `which` is for
     `EvalJob`.
@@ -48,12 +48,12 @@ def run_protocol(
     job = EvalJob(protocol, checkpoint, train, test, config, output.device, out, ranks.work, **which)
     record = _run(job, ranks.procs)
     if record is None:
-        return
+        return None
     show_result(record, as_json=output.as_json)
     learnt_from, tested_on = record["data"]["train"], record["data"]["test"]
     say(
         f"{learnt_from['images']:,} labelled images, {tested_on['images']:,} to classify, "
-        f"{tested_on['classes']} classes; short side {config.features.resize} px, centre crop "
+        f"{tested_on['classes']} classes; short side {config.features.resize} px, then "
         f"{config.features.image_size} px. Written to {out}.",
         as_json=output.as_json,
     )
@@ -65,6 +65,7 @@ def run_protocol(
         )
     if output.as_json:
         show_json(record)
+    return record
 
 
 def _run(job: "EvalJob", procs: int | None) -> dict[str, Any] | None:

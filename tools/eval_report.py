@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import DataError
-from tools.published import PUBLISHED, SUBSETS, TABLES, Column, Published
+from tools.published import ARCHITECTURE, PUBLISHED, SUBSETS, TABLES, Column, Published
 
 SHORT_HASH = 12  # characters
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -229,7 +229,10 @@ def _enter(rows: list[OurRow], result: Result, cells: dict[str, float]) -> None:
 
 
 def _differences(record: Mapping[str, Any], published: Published) -> Iterator[str]:
-    """What the settings differ in from the published ones, as far as these are known."""
+    """What network and settings differ in from the published ones, as far as these are known."""
+    architecture = record.get("architecture", "a network that is not stated")
+    if architecture != ARCHITECTURE:
+        yield f"{architecture} instead of {ARCHITECTURE}"
     settings = dict(_flat(record["settings"]))
     for name, wanted in published.settings.items():
         found = [value for key, value in settings.items() if f".{key}".endswith(f".{name}")]

@@ -13,7 +13,7 @@ from eval.config import EvalConfig
 from eval.run import evaluate, settings_of
 from eval.subset import draw_subset, read_subset, subset_list
 from model.weights import read_weights
-from pipelines.source import Source, open_source
+from pipelines.source import Source, Voc07Source, open_source
 from tools.results import check_place, file_hash, result_record, write_record
 from tools.work_folder import WorkFolder
 from train.distributed import World, process_group
@@ -75,7 +75,7 @@ def run_job(job: EvalJob, on_progress: OnProgress | None = None) -> dict[str, An
             keeper=keeper,
             subset_K=subset_K,
         )
-        record = result_record(result, job.checkpoint, world.device)
+        record = result_record(result, job.checkpoint, weights.architecture, world.device)
         if subset_K is not None:
             record["settings"]["subset"] = str(job.subset or job.list_path)
         if world.is_main:
@@ -116,7 +116,8 @@ def _identity(source: Source) -> dict[str, Any]:
     path = Path(source.path)
     changed = path.stat().st_mtime_ns if path.is_file() else None
     classes = _digest(np.array(source.classes))
-    return {"path": str(path), "changed": changed, "classes": classes, "labels": _digest(source.labels_N)}
+    labels = source.presence_NC if isinstance(source, Voc07Source) else source.labels_N
+    return {"path": str(path), "changed": changed, "classes": classes, "labels": _digest(labels)}
 
 
 def _digest(values: np.ndarray) -> str:

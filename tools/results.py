@@ -1,7 +1,8 @@
 """Results of evaluations as files: one JSON object each, beside the checkpoint that was evaluated.
 
-{"checkpoint": path, "checkpoint_sha256": hex, "date": "2026-11-27", "environment": {...},
- "protocol": ..., "settings": {...}, "data": {role: {path, images, classes}}, "figures": {name: share}}
+{"checkpoint": path, "checkpoint_sha256": hex, "architecture": "resnet50", "date": "2026-11-27",
+ "environment": {...}, "protocol": ..., "settings": {...}, "data": {role: {path, images, classes}},
+ "figures": {name: share}}
 """
 
 import hashlib
@@ -22,11 +23,14 @@ from train.files import write_text_atomically
 FOLDER = "eval"
 
 
-def result_record(result: EvalResult, checkpoint: Path, device: torch.device) -> dict[str, Any]:
-    """Plain data: the result, and what it takes to trust it."""
+def result_record(
+    result: EvalResult, checkpoint: Path, architecture: str, device: torch.device
+) -> dict[str, Any]:
+    """Plain data: the result, and what it takes to trust it; see `BackboneWeights` for `architecture`."""
     return {
         "checkpoint": str(checkpoint),
         "checkpoint_sha256": file_hash(checkpoint),
+        "architecture": architecture,
         "date": date.today().isoformat(),
         "environment": describe_environment(device),
         **asdict(result),

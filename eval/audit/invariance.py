@@ -15,7 +15,9 @@ from torchvision.transforms import functional as tv
 
 from eval.audit.distortions import DISTORTIONS, Distortion
 from eval.audit.sample import Encoder
-from eval.features import CentreCrops, Progress, features_of_crops
+from eval.crops import CentreCrops
+from eval.features import features_of_crops
+from eval.progress import Progress
 from pipelines.errors import DataError
 from pipelines.source import Source, read_image
 

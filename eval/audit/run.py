@@ -29,7 +29,7 @@ from eval.audit.invariance import Invariance, measure_invariance
 from eval.audit.leaks import Leak, read_out
 from eval.audit.neighbours import classify, nearest, one_of_each_class, worst
 from eval.audit.sample import Drawn, Encoder, draw
-from eval.features import Progress
+from eval.progress import Progress
 from pipelines.source import Source
 
 Bars = Callable[[str], AbstractContextManager[Progress]]  # a bar of progress by what it is about

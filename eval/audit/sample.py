@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from eval.config import FeaturesConfig
-from eval.features import Progress, extract_features
+from eval.features import extract_features
+from eval.progress import Progress
 from model.weights import Normalisation
 from pipelines.errors import DataError
 from pipelines.source import Source

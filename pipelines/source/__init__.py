@@ -48,7 +48,7 @@ def open_source(path: Path) -> Source:
     - a folder of shards that `fastbarlow convert` has written;
     - any other folder: one sub-folder per class, or images without labels;
     - `torchvision:NAME:ROOT`, a dataset of torchvision; see `TorchvisionSource`;
-    - `places205:ROOT` or `inat18:ROOT`, a data set as published; see `pipelines.source.layouts`.
+    - `places205:ROOT`, `inat18:ROOT`, `voc07:ROOT`: data sets as published; see `pipelines.source.layouts`.
 
     Raises `DataError` where `path` is missing, unreadable or none of these, or the dataset is damaged.
     """

@@ -1,6 +1,7 @@
 """Data sets as their makers publish them: lists of images, and the images where the archives put them.
 
-Named `places205:ROOT` or `inat18:ROOT`, with `:val` behind it for the validation images.
+Named `places205:ROOT` or `inat18:ROOT`, with `:val` behind it for the validation images; `voc07:ROOT` for the
+images of trainval, which have no single label, `voc07:ROOT:test` for those of test.
 
 Shape legend: N images of a list.
 """
@@ -8,14 +9,13 @@ Shape legend: N images of a list.
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pipelines.errors import DataError
 from pipelines.source.files import FileSource, check_present
-
-PARTS = ("train", "val")
+from pipelines.source.voc import Voc07Source
 
 
 def places205(root: Path, part: str) -> FileSource:
@@ -97,8 +97,19 @@ def inat18(root: Path, part: str) -> FileSource:
     return FileSource(_spec("inat18", root, part), classes, files, labels_N)
 
 
+class Layout(NamedTuple):
+    """How to open a part of a data set, and its parts: to train on, to test on."""
+
+    open: Callable[[Path, str], FileSource]
+    parts: tuple[str, str]
+
+
 # By the name that stands before the root.
-LAYOUTS: dict[str, Callable[[Path, str], FileSource]] = {"places205": places205, "inat18": inat18}
+LAYOUTS = {
+    "places205": Layout(places205, ("train", "val")),
+    "inat18": Layout(inat18, ("train", "val")),
+    "voc07": Layout(Voc07Source, ("trainval", "test")),
+}
 
 
 def names_layout(path: Path) -> bool:
@@ -109,12 +120,13 @@ def names_layout(path: Path) -> bool:
 def open_layout(path: Path) -> FileSource:
     """What `path`, such as `places205:/data/places205:val`, names. Raises `DataError`."""
     name, root, *part = str(path).split(":")
-    if not root or len(part) > 1 or (part and part[0] not in PARTS):
+    layout = LAYOUTS[name]
+    if not root or len(part) > 1 or (part and part[0] not in layout.parts):
         raise DataError(
             f"{path} names no part of a dataset; write {name}:ROOT for the training images, or "
-            f"{name}:ROOT:val."
+            f"{name}:ROOT:{layout.parts[1]}."
         )
-    return LAYOUTS[name](Path(root), part[0] if part else "train")
+    return layout.open(Path(root), part[0] if part else layout.parts[0])
 
 
 def _spec(name: str, root: Path, part: str) -> Path:

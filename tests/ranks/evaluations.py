@@ -13,7 +13,15 @@ from eval.classifier import KEPT
 from eval.features import extract_features
 from eval.linear_fast import linear_fast
 from pipelines.source import FolderSource
-from tests.evaluations import RANK_SETTINGS, RANK_SUBSETS, TRAINED, MemoryKeeper, task_of
+from tests.evaluations import (
+    RANK_SETTINGS,
+    RANK_SUBSETS,
+    TRAINED,
+    MemoryKeeper,
+    Pixels,
+    measure_voc07,
+    task_of,
+)
 from tools.evaluate import EvalJob, OnProgress, run_job
 from train.distributed import process_group
 
@@ -29,6 +37,7 @@ def measure(folder: Path) -> dict:
         figures = protocol(task_of(*sources, RANK_SETTINGS, subset_K=RANK_SUBSETS.get(name), keeper=keeper))
         found[name] = figures, keeper.kept.get(KEPT)
     found["linear-fast"] = asdict(linear_fast(task))
+    found["voc07"] = measure_voc07(folder / "VOCdevkit", Pixels())
     return found
 
 

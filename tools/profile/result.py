@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tools.figures import phases_png
 from train.errors import TrainingError
 from train.step import PHASES
 
 DATA_WAIT, COPY, GRAPH, EXPOSED, IDLE = "data wait", "copy", "step", "exposed communication", "idle"
 # In the order of a step. GRAPH stands for all phases of TrainStep where a step is one CUDA graph.
 SPLIT = DATA_WAIT, COPY, GRAPH, *PHASES[:-1], EXPOSED, PHASES[-1], IDLE
-JSON_NAME, PICTURE_NAME = "profile.json", "profile.png"
+JSON_NAME = "profile.json"
 
 
 def shares(phases: Mapping[str, float]) -> dict[str, float]:
@@ -45,10 +44,9 @@ def make_folder(out: Path) -> None:
 
 
 def write_profile(profile: Mapping[str, Any], out: Path) -> None:
-    """Write `profile.json` and `profile.png` into `out`. Raises `TrainingError` where that fails."""
+    """Write `profile.json` into `out`. Raises `TrainingError` where that fails."""
     try:
         (out / JSON_NAME).write_text(json.dumps(profile, indent=2) + "\n", encoding="utf-8")
-        (out / PICTURE_NAME).write_bytes(phases_png(profile["run"]["phases"], headline(profile)))
     except OSError as error:
         raise unwritable(out, error) from error
 
