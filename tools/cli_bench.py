@@ -85,12 +85,13 @@ def bench_all(
     many times as fast as something else it is (the median of the turns' ratios), and the date, hardware and
     versions. The step is that of the recipe, and its image size and precision are used throughout; what each
     benchmark does is said by `fastbarlow bench NAME --help`. Photographs of the usual size give figures that
-    tell of training; drawn images are small. Takes half an hour on two cores, and needs 3 GB of memory.
+    tell of training; drawn images are small. Takes half an hour on two cores, and needs 3 GB of memory. A CPU
+    without AVX-512 is slow in bf16: give train.precision=fp32 there.
 
     Examples
 
         fastbarlow bench all --images imagenet/val --out h200.csv
-        fastbarlow bench all data.image_size=96 --only loader --only loss --repeats 9
+        fastbarlow bench all train.precision=fp32 --only loader --only loss --repeats 9
     """
     from tools.bench.all import Workload, add_rows, write_header
     from tools.bench.all import bench_all as run_all

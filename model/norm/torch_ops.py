@@ -72,9 +72,11 @@ def backward(
     dweight_VC, dbias_VC = (torch.stack(gradients) for gradients in list(zip(*views, strict=True))[1:])
     if options.over_ranks:
         sums_2VC = sum_over_ranks(torch.stack([dweight_VC, dbias_VC])) / count_C
-        normalised_VMC = (x_VMC - mean_VC[:, None]) * rstd_VC[:, None]
-        dx_VMC = g_VMC - sums_2VC[1, :, None] - normalised_VMC * sums_2VC[0, :, None]
-        dx_VMC = (dx_VMC * (rstd_VC * weight_C)[:, None]).to(x_VMC.dtype)
+        scale_VC = rstd_VC * weight_C
+        dx_VMC = x_VMC - mean_VC[:, None]  # three passes over memory, two of them in place
+        slope_VC, offset_VC = -scale_VC * rstd_VC * sums_2VC[0], -scale_VC * sums_2VC[1]
+        torch.addcmul(offset_VC[:, None], dx_VMC, slope_VC[:, None], out=dx_VMC)
+        dx_VMC = dx_VMC.addcmul_(g_VMC, scale_VC[:, None]).to(x_VMC.dtype)
     elif g_VMC is dy_VMC or has_residual:
         dx_VMC = torch.stack([dx_MC for dx_MC, _, _ in views])
     else:  # into memory that is at hand and not needed any more
