@@ -60,7 +60,7 @@ def profile(
         fastbarlow profile --compare before/profile.json after/profile.json
         torchrun --nproc-per-node 8 --no-python fastbarlow profile configs/imagenet_rn50_8xh100.yaml
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the tracer tells of its start; before torch is imported
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the tracer tells of its start; set before torch comes
     from tools.profile.result import check_writable
     from tools.profile.run import launch_profile, profile_run
     from tools.profile.summary import summary_tables
