@@ -80,9 +80,7 @@ def _of_step(result: Result) -> Iterator[Figure]:
 
 def _of_plan(result: Result) -> Iterator[Figure]:
     for row in result["rows"]:
-        case = (
-            f"step of {row['ranks']} ranks on the CPU, {row['pairs_per_rank']} pairs of each, {row['loss']}"
-        )
+        case = f"step, {row['ranks']} ranks on the CPU, {row['pairs_per_rank']} pairs of each, {row['loss']}"
         yield Figure("plan", case, "ms", row["all_ms"], row["ratio"], "planned")
 
 
