@@ -25,6 +25,7 @@ from eval.task import EvalTask
 from model.collectives import column_range as share_range
 from model.collectives import is_first_rank, object_from_first_rank, sum_over_ranks_, world_size
 from model.norm import synchronise_norms
+from pipelines.errors import DataError
 from pipelines.order import epoch_permutation
 
 MOMENTUM = 0.9
@@ -88,7 +89,8 @@ def train_classifier(task: EvalTask, recipe: Recipe) -> dict[str, float]:
     A backbone that learns is in training mode and float32. Its batch-norm has the statistics of the global
     batch on any number of ranks, as the authors' has on one GPU; `task.backbone` itself stays as it is.
 
-    Raises `DataError` where an image cannot be read, `ModelError` where the classifier diverges.
+    Raises `DataError` where an image cannot be read or batches are too small for batch-norm, `ModelError`
+    where the classifier diverges.
     """
     return _Training(task, recipe).run()
 
@@ -114,7 +116,14 @@ class _Training:
         self._classifier = nn.Sequential(*norms, linear).to(task.device)
         if world_size() > 1:
             synchronise_norms(self._classifier)
-        self._needs_two = self._learns or recipe.normalise  # samples of a batch, and one on each rank
+        # Batch-norm has no statistics of a single value, and a rank without samples none to give.
+        self._least = max(2, world_size()) if self._learns or recipe.normalise else 1
+        size = min(recipe.batch_size, len(self._indices_K))
+        if size < self._least:
+            raise DataError(
+                f"A batch of {size} images is too small for batch-norm on {world_size()} processes, which "
+                f"takes {self._least} at least; learn from more images, or start fewer."
+            )
         groups = [
             {"params": list(linear.parameters()), "lr": recipe.lr_classifier},
             {
@@ -198,8 +207,7 @@ class _Training:
         size, seed = self._recipe.batch_size, self._recipe.seed
         order_K = self._indices_K[epoch_permutation(len(self._indices_K), seed, epoch, self._groups_G)]
         batches = np.split(order_K, range(size, len(order_K), size))
-        # Batch-norm has no statistics of a single value, and a rank without samples none to give.
-        if self._needs_two and len(batches[-1]) < max(2, world_size()):
+        if len(batches[-1]) < self._least:
             batches.pop()
         return batches
 

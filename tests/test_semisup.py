@@ -115,6 +115,18 @@ def test_a_last_batch_of_one_image_is_left_out(sources: tuple) -> None:
     assert keeper.saved == 2 * EPOCHS
 
 
+def test_too_few_images_for_batch_norm_are_one_sentence(
+    sources: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        DataError, match=r"^A batch of 1 images is too small [^\n]* takes 2 at least; [^\n]*\.$"
+    ):
+        semisup(task_of(*sources, {}, subset_K=np.array([3])))
+    monkeypatch.setattr("eval.classifier.world_size", lambda: 9)
+    with pytest.raises(DataError, match=r"on 9 processes, which takes 9 at least"):
+        semisup(task_of(*sources, {"semisup": {"batch_size": 8}}))
+
+
 def listed(tmp_path: Path, *lines: str) -> Path:
     path = tmp_path / "list.txt"
     path.write_text("\n".join(lines) + "\n")
