@@ -272,7 +272,7 @@ def test_settings_come_from_the_weights_and_not_from_a_file_beside_them(
     built_in = EvalConfig().features.model_dump() | {"workers": 0}
     result = measure("eval", "knn", exported, *data, "--k", 3, "--workers", 0)
     assert result["settings"]["features"] == built_in
-    assert "short side 40 px, centre crop 32 px." in succeed("eval", "knn", moved, *data, "--resize", 40)
+    assert "short side 40 px, then 32 px." in succeed("eval", "knn", moved, *data, "--resize", 40)
 
 
 def test_eval_help_names_the_built_in_defaults() -> None:
